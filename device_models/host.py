@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The part of a host that is the same under every engine: tasks, device time, running and stopped."""
+
+import logging
+from collections.abc import Callable, Hashable
+
+from vfio_user.device_models.tasks import TaskRunner, Work
+from vfio_user.device_models.timers import Timer, Timers
+
+logger = logging.getLogger(__name__)
+
+
+def log_task_error(key: Hashable, error: Exception) -> None:
+    """The default `ErrorHook`: the log gets the traceback, the device goes on."""
+    logger.error("task %r of the device failed: %s", key, error, exc_info=error)
+
+
+class HostBase:
+    """Tasks and time of one device. An engine adds memory and interrupts and becomes a `device.Host`."""
+
+    def __init__(self, now: Callable[[], int]) -> None:
+        self.tasks = TaskRunner(log_task_error)
+        self.timers = Timers(now)
+        self.start = self.tasks.start
+        self.cancel = self.tasks.cancel
+        self.clock = self.timers.clock
+
+    @property
+    def running(self) -> bool:
+        return not self.tasks.stopped
+
+    def call_at(self, deadline: int, callback: Callable[[], None]) -> Timer:
+        return self.timers.call_at(deadline, callback)
+
+    def stop(self) -> None:
+        """Cut every task, freeze device time. Work that was under way is begun anew by `resume`."""
+        self.tasks.stop()
+        self.timers.freeze()
+
+    def resume(self) -> None:
+        self.timers.thaw()
+        self.tasks.resume()
+
+    def reset(self) -> None:
+        """Forget tasks and timers, as a device reset does; to be followed by `Device.reset`."""
+        self.tasks.cancel_all()
+        self.timers.clear()
+
+
+__all__ = ["HostBase", "Work", "log_task_error"]

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The base of a PCI device model: configuration space, BARs and interrupts put together."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vfio_user.device_models import pci
+from vfio_user.device_models.device import Device, Host, IrqIndex, RegionIndex
+from vfio_user.device_models.interrupts import Interrupts, MsixRegion
+
+
+class PciDevice(Device):
+    """A device that is built from an identity, its BARs and the interrupts that it can use.
+
+    A subclass sets `identity`, gives its BARs to this constructor and overrides `reset_state`.
+    """
+
+    identity: ClassVar[pci.Identity]
+
+    def __init__(
+        self,
+        host: Host,
+        bars: Mapping[int, pci.Bar],
+        *,
+        intx: bool = True,
+        msi_vectors: int = 0,
+        msix_vectors: int = 0,
+        capabilities: tuple[pci.Capability, ...] = (),
+    ) -> None:
+        """With `msix_vectors` the table takes the first free BAR above those of `bars`."""
+        super().__init__(host)
+        table = MsixRegion(msix_vectors) if msix_vectors else None
+        all_bars, table_bar = dict(bars), self._free_bar(bars)
+        if table is not None:
+            all_bars[table_bar] = pci.Bar(table)
+        self.config = pci.ConfigSpace(self.identity, all_bars, interrupt_pin=int(intx))
+        for capability in capabilities:
+            self.config.add_capability(capability)
+        if msi_vectors:
+            self.config.add_capability(pci.msi(msi_vectors))
+        if table is not None:
+            self.config.add_capability(pci.msix(msix_vectors, (table_bar, 0), (table_bar, table.pba_offset)))
+        self.interrupts = Interrupts(host, self.config, table)
+        self.regions = {index: bar.region for index, bar in all_bars.items()} | {
+            RegionIndex.CONFIG: self.config
+        }
+        counts = {IrqIndex.INTX: int(intx), IrqIndex.MSI: msi_vectors, IrqIndex.MSIX: msix_vectors}
+        self.irqs = {index: count for index, count in counts.items() if count}
+        self.config.on_change = self._config_changed
+
+    @staticmethod
+    def _free_bar(bars: Mapping[int, pci.Bar]) -> int:
+        return max((index + 1 + bar.wide for index, bar in bars.items()), default=0)
+
+    def _config_changed(self) -> None:
+        self.host.dma.enabled = self.config.bus_master
+        self.interrupts.update()
+
+    def reset(self) -> None:
+        """DEVICE_RESET: configuration space and interrupts, then the device's own state."""
+        self.config.reset()
+        self.interrupts.reset()
+        self.reset_state()
+
+    def reset_state(self) -> None:
+        """Bring the device's own registers to their values after power-on."""
+        raise NotImplementedError
+
+    def irq_unmasked(self, index: IrqIndex, vector: int) -> None:
+        self.interrupts.unmasked(index, vector)

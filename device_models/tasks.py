@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The work of a device model as coroutines, driven without an event loop.
+
+A task is a coroutine that awaits nothing but a `Completion` (a DMA reply) or `pause()`. The runner is
+plain code that an engine calls between two batches of messages, so the same device model runs under the
+trio engine, under libvfio-user and under a test's fake host.
+"""
+
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator, Hashable
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+Work = Callable[[], Coroutine[Any, Any, None]]
+"""Makes the coroutine of a task; called again each time the task is started."""
+
+ErrorHook = Callable[[Hashable, Exception], None]
+"""Told of an exception that a task let out: the task's key and the exception."""
+
+
+class Completion(Generic[T]):
+    """A result that comes later: finished or failed exactly once, awaited by one task."""
+
+    __slots__ = ("_error", "_on_done", "_result", "done")
+
+    def __init__(self) -> None:
+        self.done = False
+        self._result: T | None = None
+        self._error: Exception | None = None
+        self._on_done: Callable[[], None] | None = None
+
+    def finish(self, result: T) -> None:
+        """Give the result and make the waiting task ready."""
+        self._result = result
+        self._settle()
+
+    def fail(self, error: Exception) -> None:
+        """Raise `error` in the waiting task when it runs next."""
+        self._error = error
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.done:
+            raise RuntimeError("this completion has been settled already")
+        self.done = True
+        if self._on_done is not None:
+            self._on_done()
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once the completion settles; it replaces an earlier callback."""
+        self._on_done = callback
+
+    def __await__(self) -> Generator["Completion[T]", None, T]:
+        if not self.done:
+            yield self
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]  # settled without an error: a T
+
+
+class _Pause:
+    """Awaited by `pause()`: yields None, which sends the task to the end of the queue."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield None
+
+
+_PAUSE = _Pause()
+
+
+async def pause() -> None:
+    """Let the VMM's messages and the other tasks go first. A task calls it after each bounded batch."""
+    await _PAUSE
+
+
+class _Task:
+    __slots__ = ("again", "cancelled", "coroutine", "key", "work")
+
+    def __init__(self, key: Hashable, work: Work) -> None:
+        self.key = key
+        self.work = work
+        self.coroutine: Coroutine[Any, Any, None] | None = None
+        self.again = False
+        self.cancelled = False
+
+
+class TaskRunner:
+    """At most one task per key; started by handlers, run between batches of messages.
+
+    A start while the task of that key runs means "look again": the work is begun anew once the present
+    run ends. While the runner is stopped a start is remembered and nothing runs.
+    """
+
+    def __init__(self, on_error: ErrorHook) -> None:
+        self._on_error = on_error
+        self._tasks: dict[Hashable, _Task] = {}
+        self._ready: deque[_Task] = deque()
+        self._current: _Task | None = None
+        self.stopped = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether `run_ready` would do something."""
+        return bool(self._ready) and not self.stopped
+
+    @property
+    def idle(self) -> bool:
+        """Whether no task is under way or owed."""
+        return not self._tasks
+
+    def start(self, key: Hashable, work: Work) -> None:
+        """Run `work` soon, or once more if it is running."""
+        task = self._tasks.get(key)
+        if task is None:
+            task = self._tasks[key] = _Task(key, work)
+            self._ready.append(task)
+        elif task.coroutine is not None:
+            task.again = True
+
+    def run_ready(self) -> None:
+        """Run each ready task until it ends, pauses or waits for a completion. Never raises."""
+        if self.stopped:
+            return
+        for _ in range(len(self._ready)):
+            if not self._ready or self.stopped:  # cancelled or stopped by an earlier task of this turn
+                return
+            self._step(self._ready.popleft())
+
+    def cancel(self, key: Hashable) -> None:
+        """Cut the task at the await where it is and forget that it was started. Synchronous."""
+        task = self._tasks.pop(key, None)
+        if task is not None:
+            self._discard(task)
+
+    def cancel_all(self) -> None:
+        for key in list(self._tasks):
+            self.cancel(key)
+
+    def stop(self) -> None:
+        """Cut every task; each is owed a fresh start at `resume`."""
+        self.stopped = True
+        for key, task in list(self._tasks.items()):
+            self._discard(task)
+            self._tasks[key] = _Task(key, task.work)
+
+    def resume(self) -> None:
+        self.stopped = False
+        self._ready = deque(self._tasks.values())
+
+    def _discard(self, task: _Task) -> None:
+        task.cancelled = True
+        if task in self._ready:
+            self._ready.remove(task)
+        if task.coroutine is not None and task is not self._current:
+            task.coroutine.close()
+
+    def _step(self, task: _Task) -> None:
+        if task.coroutine is None:
+            task.coroutine = task.work()
+        self._current = task
+        try:
+            waits_for = task.coroutine.send(None)
+        except StopIteration:
+            self._finished(task)
+        except Exception as error:
+            # One broken batch must not end the device: it is reported, and a later doorbell starts anew.
+            self._finished(task)
+            self._on_error(task.key, error)
+        else:
+            self._suspended(task, waits_for)
+        finally:
+            self._current = None
+
+    def _suspended(self, task: _Task, waits_for: Completion[Any] | None) -> None:
+        if task.cancelled:  # cancelled itself, while it ran
+            assert task.coroutine is not None
+            task.coroutine.close()
+        elif waits_for is None:
+            self._ready.append(task)
+        else:
+            waits_for.when_done(lambda: self._wake(task))
+
+    def _wake(self, task: _Task) -> None:
+        if not task.cancelled:
+            self._ready.append(task)
+
+    def _finished(self, task: _Task) -> None:
+        if task.cancelled:
+            return
+        del self._tasks[task.key]
+        if task.again:
+            self.start(task.key, task.work)
