@@ -2,6 +2,7 @@
 """The example device under the fake host: with mapped memory, and with every DMA waiting for an answer."""
 
 import pytest
+
 from vfio_user.device_models.device import IrqIndex, RegionIndex
 from vfio_user.device_models.fake_host import FakeHost
 from vfio_user.device_models.scratch import BUSY, DONE, FAILED, Scratch
