@@ -12,11 +12,12 @@ Callback = Callable[[], None]
 
 
 class Poller:
-    """Calls back for readable file descriptors. It owns none of them: unregister before closing."""
+    """Calls back for file descriptors that are ready. It owns none of them: unregister before closing."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._callbacks: dict[int, Callback] = {}
+        self._readable: dict[int, Callback] = {}
+        self._writable: dict[int, Callback] = {}
 
     def fileno(self) -> int:
         """Readable when `poll` would call something."""
@@ -24,23 +25,48 @@ class Poller:
 
     def register(self, fd: int, callback: Callback) -> None:
         """Call `callback` while `fd` is readable, or broken."""
-        self._epoll.register(fd, select.EPOLLIN)
-        self._callbacks[fd] = callback
+        self._set(self._readable, fd, callback)
 
     def unregister(self, fd: int) -> None:
-        """Forget `fd`; harmless when it is not registered."""
-        if self._callbacks.pop(fd, None) is not None:
+        """Stop watching `fd` for reading; harmless when it is not registered."""
+        self._set(self._readable, fd, None)
+
+    def watch_writable(self, fd: int, callback: Callback | None) -> None:
+        """Call `callback` while `fd` can be written to, or is broken; None: no longer."""
+        self._set(self._writable, fd, callback)
+
+    def _set(self, callbacks: dict[int, Callback], fd: int, callback: Callback | None) -> None:
+        before = self._events(fd)
+        if callback is None:
+            callbacks.pop(fd, None)
+        else:
+            callbacks[fd] = callback
+        after = self._events(fd)
+        if before == after:
+            return
+        if not after:
             self._epoll.unregister(fd)
+        elif before:
+            self._epoll.modify(fd, after)
+        else:
+            self._epoll.register(fd, after)
+
+    def _events(self, fd: int) -> int:
+        readable = select.EPOLLIN if fd in self._readable else 0
+        return readable | (select.EPOLLOUT if fd in self._writable else 0)
 
     def poll(self) -> bool:
-        """Serve everything that is readable now, without waiting. Returns whether there was anything."""
+        """Serve everything that is ready now, without waiting. Returns whether there was anything."""
         ready = self._epoll.poll(0)
-        for fd, _ in ready:
-            callback = self._callbacks.get(fd)  # an earlier callback of this turn may have removed it
-            if callback is not None:
+        for fd, events in ready:
+            # An earlier callback of this turn may have removed a later one.
+            if events & ~select.EPOLLOUT and (callback := self._readable.get(fd)) is not None:
+                callback()
+            if events & ~select.EPOLLIN and (callback := self._writable.get(fd)) is not None:
                 callback()
         return bool(ready)
 
     def close(self) -> None:
-        self._callbacks.clear()
+        self._readable.clear()
+        self._writable.clear()
         self._epoll.close()

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Two commands for everybody: `make demo` and `make test`. Each sets up what it needs and says so.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# make test: reduced counts; make soak: the full ones
+export VFIO_USER_SOAK ?=
+
+.PHONY: help demo test lint unit qemu soak bench lab clean
+
+help:
+	@echo "make demo   see it work: an e1000 driven the way a driver does, and a guest where QEMU is found"
+	@echo "make test   everything: lint, types, unit, conformance, and QEMU with a real guest (as root)"
+	@echo "make lint   ruff and mypy --strict"
+	@echo "make unit   lint, unit and conformance tests only: no lab, no root"
+	@echo "make soak   the end-to-end tests with the full counts"
+	@echo "make bench  the table of ratios beside the marks"
+	@echo "make lab    QEMU, guest and libvfio-user into the cache folder"
+
+$(VENV)/.runtime: pyproject.toml
+	@echo "== Python environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { echo "python3 cannot make a virtual environment: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e . 2>&1 | grep -v '^WARNING: Location' || true
+	@$(BIN)/python -c 'import vfio_user.protocol, trio, construct, click, rich'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.runtime
+	@echo "== test tools in $(VENV)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]' 2>&1 | grep -v '^WARNING: Location' || true
+	@$(BIN)/python -c 'import pytest, hypothesis, mypy, scapy'
+	@touch $@
+
+demo: $(VENV)/.runtime
+	@$(BIN)/vfio-user demo
+
+lint: $(VENV)/.test
+	@echo "== ruff"
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check --quiet || { echo "run: $(BIN)/ruff format"; exit 1; }
+	@echo "== mypy --strict"
+	@$(BIN)/mypy
+
+unit: lint
+	@echo "== unit and conformance tests"
+	@$(BIN)/coverage run -m pytest tests/unit tests/conformance
+	@$(BIN)/coverage report --skip-covered | tail -n 40
+
+lab: $(VENV)/.runtime
+	@$(BIN)/vfio-user lab
+
+qemu: $(VENV)/.test
+	@echo "== QEMU with a real guest"
+	@$(BIN)/python -m pytest tests/qemu
+
+test: unit
+	@echo "== the lab: QEMU, guest, libvfio-user (cached; the first time takes a few minutes)"
+	@$(BIN)/vfio-user lab || { [ "$(CI)" != true ] || exit 1; echo "No lab: what needs it is skipped below."; }
+	@$(MAKE) --no-print-directory qemu
+
+soak: $(VENV)/.test
+	@$(BIN)/vfio-user lab
+	@VFIO_USER_SOAK=1 $(BIN)/python -m pytest tests/qemu
+
+bench: $(VENV)/.test
+	@$(BIN)/python -m vfio_user.benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`vfio-user`: one module per subcommand, imported when it is called."""
+
+import importlib
+import sys
+
+import click
+
+COMMANDS = {
+    "list": "the device models, network backends and engines that there are",
+    "serve": "serve a device model on a socket",
+    "demo": "see it work: an e1000 driven over a socket, and a guest where QEMU is found",
+    "lab": "build QEMU, a guest and libvfio-user into the cache folder",
+}
+"""Subcommand -> what `--help` says; `cli/NAME.py` (list: `list_.py`) has `command`."""
+
+
+class LazyGroup(click.Group):
+    """Imports a subcommand only when it is asked for: `--help` stays quick, and `serve` loads no plots."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"vfio_user.cli.{cmd_name if cmd_name != 'list' else 'list_'}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="vfio-user", prog_name="vfio-user")
+def main() -> None:
+    """Emulated PCI devices behind a real VMM, over vfio-user."""
+
+
+def fail(message: str) -> None:
+    """End with one line that says what is wrong and what to do, and exit status 2."""
+    click.echo(f"vfio-user: {message}", err=True)
+    sys.exit(2)
