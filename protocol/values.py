@@ -220,3 +220,15 @@ class DmaLoggingReport(Structure):
     page_size: int
     bitmap: Payload = b""
     WIDTHS = widths(u64="iova length page_size")
+
+
+@dataclass(frozen=True, slots=True)
+class Header(Structure):
+    """`size` counts the header too; `error` is an errno, valid with FLAG_ERROR (specification: "Header")."""
+
+    message_id: int
+    command: int
+    size: int
+    flags: int = 0
+    error: int = 0
+    WIDTHS = widths(u16="message_id command", u32="size flags error")
