@@ -8,7 +8,7 @@ synchronous. A frame is an Ethernet frame from the destination address on, witho
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vfio_user.device_models.device import Device, Host
 from vfio_user.device_models.regions import Buffer
@@ -28,8 +28,10 @@ class Offload:
 
     `checksum_start` and `checksum_offset`: sum from `checksum_start` to the end, stored at
     `checksum_start + checksum_offset`, where the pseudo-header's sum (with the whole length) stands
-    already; both 0: nothing to sum. With `segmentation`, the headers of `header_length` bytes are repeated
-    before each `segment_size` bytes of payload; lengths, IPv4 identification and sums are adapted.
+    already; both 0: nothing to sum. With `segmentation` (then `checksum_start` is where the TCP header
+    begins), the headers are repeated before each `segment_size` bytes of payload; the lengths, the IPv4
+    identification and all sums are made anew, whatever stood there. `header_length` is a hint: the TCP
+    header itself says where the payload begins.
     """
 
     checksum_start: int = 0
@@ -37,6 +39,13 @@ class Offload:
     segmentation: Segmentation = Segmentation.NONE
     header_length: int = 0
     segment_size: int = 0
+
+
+class WireSize(NamedTuple):
+    """Frames on the wire and their bytes, without FCS, preamble and padding; a NIC adds 4 a frame for FCS."""
+
+    frames: int
+    bytes: int
 
 
 class Receiver(Protocol):
@@ -57,17 +66,39 @@ class NetBackend(Protocol):
     def attach(self, receiver: Receiver) -> None:
         """Deliver frames to `receiver` from now on."""
 
-    def send(self, buffers: Sequence[Buffer], offload: Offload | None = None) -> None:
-        """Send one frame, given in pieces that are not kept after the call. Never waits, never raises.
+    def send(self, buffers: Sequence[Buffer], offload: Offload | None = None) -> WireSize:
+        """Send one frame or burst, given in pieces that are not kept after the call. Never waits or raises.
 
-        What the wire cannot take now is dropped and counted: an Ethernet has no more to promise.
+        Gives what it is on the wire, for the statistics of the device: `WireSize(0, 0)` if it is malformed
+        (`segmentation`), else that even if nobody takes it: what the wire cannot take now is dropped and
+        counted, an Ethernet has no more to promise. May call `Receiver.receive` before it returns.
         """
 
     def ready(self) -> None:
         """The device can take frames again, after a `receive` that was answered with False."""
 
     def counters(self) -> Mapping[str, int]:
-        """Frames and bytes sent, received and dropped."""
+        """Frames and bytes on the wire, by name; "sent" is by the device, "received" by the device.
+
+        `sent_frames`, `sent_bytes`: the sum of what `send` gave. `sent_dropped`: those frames of them that
+        nobody took. `sent_malformed`: frames or bursts that never came to the wire. `received_frames`,
+        `received_bytes`: `Receiver.receive` gave True. `received_dropped`: never offered, or never taken.
+        Bytes are without FCS.
+        """
+
+    def close(self) -> None:
+        """Release everything that the backend holds; harmless the second time."""
+
+
+class Cancellable(Protocol):
+    """A call that is to come."""
+
+    def cancel(self) -> None:
+        """Never make it; harmless afterwards."""
+
+
+CallLater = Callable[[int, Callable[[], None]], Cancellable]
+"""Call once after so many nanoseconds; of the wire's time, which goes on while the device is stopped."""
 
 
 class NetDevice(Device):
