@@ -121,7 +121,7 @@ def _pack(layout: struct.Struct, *numbers: int) -> bytes:
     try:
         return layout.pack(*numbers)
     except struct.error as error:
-        raise LocalProtocolError(f"{Command(numbers[1]).name}: {error}") from None
+        raise LocalProtocolError(f"message of command {int(numbers[1])}: {error}") from None
 
 
 def _unpack(layout: struct.Struct, name: str, data: m.Payload, start: int = 0) -> tuple[Any, ...]:
