@@ -77,6 +77,9 @@ class NetBackend(Protocol):
     def ready(self) -> None:
         """The device can take frames again, after a `receive` that was answered with False."""
 
+    def set_link(self, up: bool) -> None:
+        """Plug the cable in or pull it out; without it all frames, both ways, are dropped and counted."""
+
     def counters(self) -> Mapping[str, int]:
         """Frames and bytes on the wire, by name; "sent" is by the device, "received" by the device.
 
