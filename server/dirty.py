@@ -94,8 +94,9 @@ class DirtyLog:
         first = offset >> self.shift
         last = (offset + length - 1) >> self.shift
         if first == last:
-            self.bits[first >> 3] |= 1 << (first & 7)
-        elif length > 0:
+            if length:
+                self.bits[first >> 3] |= 1 << (first & 7)
+        elif length:
             fill(self.bits, first, last, True)
 
     def mark_all(self) -> None:
