@@ -47,7 +47,7 @@ from vfio_user.protocol.events import (
     close_all,
 )
 from vfio_user.protocol.fd_queue import FD_LIMIT_BYTES, FdQueue, Frame, fd_limit
-from vfio_user.protocol.messages import Message
+from vfio_user.protocol.messages import Message, Payload
 from vfio_user.protocol.receive_buffer import ReceiveBuffer
 
 _FAR = 1 << 64
@@ -339,7 +339,7 @@ def _reply_trouble(command: Command | None, number: int) -> str:
 
 
 def _outgoing(
-    message_id: int, command: Command, flags: int, parts: tuple[codec.m.Payload, ...], fds: Sequence[Fd]
+    message_id: int, command: Command, flags: int, parts: tuple[Payload, ...], fds: Sequence[Fd]
 ) -> Outgoing:
     size = c.HEADER_SIZE + sum(map(len, parts))
     header = codec.pack_header(message_id, command, size, flags)
