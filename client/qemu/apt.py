@@ -10,7 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,17 +37,24 @@ _OPTIONS = {
 def machine_source() -> Source:
     """The machine's own Debian mirror. Raises LabError on anything but Debian on amd64."""
     release = os_release(_text(Path("/etc/os-release")))
-    if release.get("ID") != "debian" or shutil.which("apt-get") is None or platform.machine() != "x86_64":
-        raise LabError(
-            "the lab is built from Debian packages, and this is not Debian on amd64 "
-            f"({release.get('PRETTY_NAME', 'unknown system')}, {platform.machine()}).\n"
-            "  Run it in a Debian 12 container or machine (make, git and python3 are enough there);\n"
-            "  a QEMU >= 10.1.1 on PATH is used as it is."
-        )
+    if (problem := not_debian(release, platform.machine())) or shutil.which("apt-get") is None:
+        raise LabError(problem or "apt-get is not on PATH")
     found = main_source(read_sources(), release.get("VERSION_CODENAME", ""))
     if found is None:
         raise LabError("no enabled Debian entry with component main in /etc/apt: see sources.list(5)")
     return found
+
+
+def not_debian(release: Mapping[str, str], processor: str) -> str:
+    """Why the lab cannot be built on a system with this os-release and processor; empty when it can."""
+    if release.get("ID") == "debian" and processor == "x86_64":
+        return ""
+    return (
+        "the lab is built from Debian packages, and this is not Debian on amd64 "
+        f"({release.get('PRETTY_NAME', 'unknown system')}, {processor}).\n"
+        "  Build it in a Debian 12 machine or container: make, git and python3 are enough there.\n"
+        "  A QEMU >= 10.1.1 on PATH is used as it is."
+    )
 
 
 def _text(path: Path) -> str:

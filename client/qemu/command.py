@@ -9,9 +9,10 @@ from typing import Literal
 
 Chipset = Literal["q35", "i440fx"]
 _MACHINES: Mapping[Chipset, str] = {"q35": "q35", "i440fx": "pc"}
-# Slots (device numbers on the root bus) whose INTA reaches the guest on a line of its own, in the order in
-# which devices without an address take them. The guest has nothing else on these lines with -nodefaults.
-UNSHARED_SLOTS: Mapping[Chipset, Sequence[int]] = {"q35": (4, 5, 6, 7), "i440fx": (4, 6, 5, 7)}
+# Slots (device numbers on the root bus) in the order in which devices without an address take them. With
+# -nodefaults nothing else is on their interrupt lines. On q35 the four have GSI 20 to 23, one each; i440fx
+# has two lines for all slots (11, 10, 10, 11 here), so that a third device shares one.
+DEFAULT_SLOTS: Mapping[Chipset, Sequence[int]] = {"q35": (4, 5, 6, 7), "i440fx": (4, 6, 5, 7)}
 # Shorter boot under TCG (no tests of what QEMU provides), and an end instead of a hang on a panic.
 _KERNEL_WORDS = "console=ttyS0 panic=-1 mitigations=off tsc=reliable no_timer_check cryptomgr.notests"
 
@@ -93,16 +94,16 @@ def _memory_words(options: MachineOptions) -> list[str]:
 
 
 def device_words(options: MachineOptions) -> list[str]:
-    """The -device arguments; devices without an address take UNSHARED_SLOTS in turn.
+    """The -device arguments; devices without an address take DEFAULT_SLOTS in turn.
 
     Raises ValueError for a root port on i440fx and for more devices than there are such slots.
     """
-    slots = iter(f"{slot:x}" for slot in UNSHARED_SLOTS[options.chipset])
+    slots = iter(f"{slot:x}" for slot in DEFAULT_SLOTS[options.chipset])
     words: list[str] = []
     for number, device in enumerate(options.devices):
         place = device.addr or next(slots, "")
         if not place:
-            raise ValueError("more devices than slots with a line of their own: give their addresses")
+            raise ValueError("more devices than default slots: give their addresses")
         words += _device(options.chipset, device, number, place)
     return words
 

@@ -136,7 +136,10 @@ def _tools(builder: Shell) -> Outcome:
 
 def table_of(outcomes: Iterable[Outcome]) -> Table:
     """The account of a build: part, state, versions, size, seconds."""
-    table = Table("part", "state", "versions", "MB", "s", title=None)
+    table = Table("part", "state")
+    table.add_column("versions", overflow="fold")
+    for name in ("MB", "s"):
+        table.add_column(name, justify="right")
     for outcome in outcomes:
         table.add_row(outcome.part.title, *_cells(outcome))
     return table
@@ -153,10 +156,12 @@ def _cells(outcome: Outcome) -> tuple[str, str, str, str]:
 
 def main() -> int:
     """Builds the lab and prints what it is made of; 1 when a part could not be built."""
-    console, root, begun = Console(soft_wrap=False), lab_root(), time.monotonic()
+    console, root, begun = Console(), lab_root(), time.monotonic()
 
     def say(line: str) -> None:
-        console.print(f"[lab {time.monotonic() - begun:5.1f}] {line}", markup=False, highlight=False)
+        console.print(
+            f"[lab {time.monotonic() - begun:5.1f}] {line}", markup=False, highlight=False, soft_wrap=True
+        )
 
     say(f"in {root}")
     outcomes = build_lab(root, say)

@@ -154,8 +154,14 @@ class Machine:
         finally:
             self._pending = {tag: other for tag, other in self._pending.items() if other is not pending}
         if pending.answer is None:
-            raise self._error(f"no answer from the guest within {timeout:g} s: {command}")
+            raise self._error(f"{self._reason(pending, timeout)}: {command}")
         return pending.answer
+
+    def _reason(self, unanswered: _Pending, timeout: float) -> str:
+        if self._ended:
+            return "QEMU ended during the command"
+        restarted = unanswered.answered.is_set()
+        return "the guest restarted during the command" if restarted else f"no answer within {timeout:g} s"
 
     async def _send(self, number: int, timeout: float, command: str) -> None:
         if not self.boots or self._ended:
@@ -170,7 +176,7 @@ class Machine:
         parser = AnswerParser()
         with contextlib.suppress(trio.BrokenResourceError):
             async for data in self._serial:
-                for answer in parser.feed(data):
+                for answer in parser.feed(bytes(data)):
                     await self._take(answer)
         self._ended = True
         await self._forget()
@@ -205,11 +211,23 @@ async def open_machine(lab: Lab, options: MachineOptions) -> AsyncIterator[Machi
         async with running(words, folder / "qemu.log", [theirs.fileno()], options.netns) as child:
             theirs.close()
             stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-            machine = Machine(options, folder, paths.qmp, child, stream)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(machine._listen)
+            async with _listening(Machine(options, folder, paths.qmp, child, stream)) as machine:
                 yield machine
-                nursery.cancel_scope.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _listening(machine: Machine) -> AsyncIterator[Machine]:
+    """The machine with its listener at work; an exception of the block comes out as it is, in no group."""
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(machine._listen)
+        try:
+            yield machine
+        except Exception as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
 @contextlib.contextmanager

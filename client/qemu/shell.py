@@ -58,5 +58,3 @@ class Shell:
     def _note(self, command: Sequence[str | Path], status: int, output: str) -> None:
         with self.log.open("a") as log:
             log.write(f"$ {' '.join(map(str, command))}\n{output}[status {status}]\n")
-
-
