@@ -188,6 +188,25 @@ def test_parsing_in_place_and_events_take_turns() -> None:
     assert len(server.buffer) == INITIAL_SIZE
 
 
+@pytest.mark.parametrize("room", [1, 1009, 60_000])
+def test_what_is_unread_moves_to_the_front_when_the_buffer_is_full(room: int) -> None:
+    """The pieces never end where a message ends, so that the buffer is never empty."""
+    _, server = negotiated()
+    stream = b"".join(codec.pack_region_write(i, i, 0, bytes(i % 50)) for i in range(5000))
+    taken, position, buffer = [], 0, server.buffer
+    while position < len(stream):
+        view = server.get_buffer(room)
+        size = min(len(view), 8009, len(stream) - position)
+        view[:size] = stream[position : position + size]
+        server.received(size)
+        position += size
+        while isinstance(event := server.next_event(), Request):
+            taken.append(event)
+    assert [event.message_id for event in taken] == list(range(5000))
+    assert [event.body for event in taken] == [m.RegionWriteRequest(i, 0, bytes(i % 50)) for i in range(5000)]
+    assert server.buffer is buffer
+
+
 # Order of VERSION
 
 
