@@ -77,16 +77,18 @@ class GuestMemory:
         # The region of the last access; one that has been unmapped covers nothing and never hits.
         self._last = DmaRegion(RegionSpec(0, 0))
 
+    # The test for the fast path is written out in each method: a call would cost as much as all of it.
+    # No local variable holds a view where DmaError may pass: its traceback would keep the view alive.
+
     async def read(self, address: int, length: int) -> Buffer:
         region = self._last
         offset = address - region.address
-        view = region.read_view
-        # This test is written out in each method: a call would cost as much as all of it.
-        if view is not None and offset >= 0 and 0 < length <= region.end - address and self.enabled:
+        able = region.read_view is not None and self.enabled
+        if able and offset >= 0 and 0 < length <= region.end - address:
             counters = self.counters
             counters.mapped_reads += 1
             counters.mapped_read_bytes += length
-            return view[offset : offset + length]
+            return region.read_view[offset : offset + length]  # type: ignore[index]  # able
         return (await self._read_slowly([(address, length)]))[0]
 
     async def write(self, address: int, data: Buffer) -> None:
@@ -103,21 +105,26 @@ class GuestMemory:
             await self._write_slowly([(address, data)])
 
     async def read_many(self, segments: Sequence[tuple[int, int]]) -> list[Buffer]:
+        views = self._views(segments) if self.enabled else None
+        return await self._read_slowly(segments) if views is None else views
+
+    def _views(self, segments: Sequence[tuple[int, int]]) -> list[Buffer] | None:
+        """The segments, if all of them lie in the mapped region of the last access."""
         region = self._last
         view, start, end = region.read_view, region.address, region.end
-        if view is None or not self.enabled:
-            return await self._read_slowly(segments)
-        results: list[Buffer] = []
+        if view is None:
+            return None
+        views: list[Buffer] = []
         total = 0
         for address, length in segments:
             offset = address - start
             if offset < 0 or length <= 0 or address + length > end:
-                return await self._read_slowly(segments)
-            results.append(view[offset : offset + length])
+                return None
+            views.append(view[offset : offset + length])
             total += length
-        self.counters.mapped_reads += len(results)
+        self.counters.mapped_reads += len(views)
         self.counters.mapped_read_bytes += total
-        return results
+        return views
 
     async def write_many(self, segments: Sequence[tuple[int, Buffer]]) -> None:
         region = self._last

@@ -15,6 +15,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import trio
 
@@ -107,7 +108,7 @@ class Channel:
         """Send now what the kernel takes, and queue a copy of the rest; `flush` continues with it.
 
         `fds` travel with the first byte of these buffers and with no byte of another call. They stay the
-        caller's, who may close them on return. Raises PeerGone.
+        caller's, who may close them on return. Raises PeerGone, or VfioUserError with the kernel's errno.
         """
         if self._queue:
             self._enqueue(b"".join(buffers), fds)
@@ -154,8 +155,9 @@ class Channel:
             return 0
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF):
-                raise PeerGone("the other end has closed the connection", error.errno) from error
-            raise
+                raise PeerGone("the connection has been closed", error.errno) from error
+            # ETOOMANYREFS, for one: a peer that leaves the descriptors it was sent unread.
+            raise VfioUserError(f"sending failed: {error.strerror}", error.errno) from error
 
     def _enqueue(self, data: Buffer, fds: Sequence[int]) -> None:
         if data:
@@ -166,7 +168,7 @@ class Channel:
         """The first entry, and those after it that may share its system call."""
         batch = [self._queue[0]]
         total = len(batch[0].data)
-        for unsent in list(self._queue)[1:_IOV_MAX]:
+        for unsent in islice(self._queue, 1, _IOV_MAX):
             total += len(unsent.data)
             if batch[0].fds or unsent.fds or total > JOIN_LIMIT:
                 break

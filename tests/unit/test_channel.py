@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 
+from vfio_user.protocol.errors import VfioUserError
 from vfio_user.transport.channel import JOIN_LIMIT, Channel, FdsLost, PeerGone
 from vfio_user.transport.fds import OwnedFd, close_all
 
@@ -99,7 +100,7 @@ def test_253_descriptors_arrive(pair: Pair) -> None:
 
 
 def test_more_than_253_descriptors_are_refused(pair: Pair) -> None:
-    with OwnedFd(os.eventfd(0)) as fd, pytest.raises(OSError, match="Invalid argument"):
+    with OwnedFd(os.eventfd(0)) as fd, pytest.raises(VfioUserError, match="Invalid argument"):
         pair[0].send([b"x"], [fd.fileno()] * 254)
     assert receive(pair[1]) is None
 
