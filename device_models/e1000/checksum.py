@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checksums of received frames (Software Developer's Manual, 3.2.9, "Receive Packet Checksum Offloading")."""
+
+from vfio_user.device_models.checksums import checksum, is_intact, pseudo_sum
+from vfio_user.device_models.e1000.bits import Rxcsum
+from vfio_user.device_models.e1000.descriptors import IPCS, IPE, IXSM, TCPCS, TCPE
+
+_IPV4, _IPV6 = b"\x08\x00", b"\x86\xdd"
+_TCP, _UDP = 6, 17
+_CHECKSUM_AT = {_TCP: 16, _UDP: 6}
+_IPV4_HEADER, _IPV6_HEADER = 20, 40
+
+
+def packet_checksum(frame: bytes, start: int) -> int:
+    """The packet checksum field: the one's complement of the sum from byte `start` on."""
+    return checksum(frame[start:])
+
+
+def examine(frame: bytes, control: int, network: int) -> tuple[int, int]:
+    """Status and error bits of a frame with its IP header at `network`, as RXCSUM (`control`) wants them."""
+    kind = frame[network - 2 : network]
+    if kind == _IPV4:
+        return _examine_ipv4(frame, control, network)
+    if kind == _IPV6 and control & Rxcsum.IPV6OFL and control & Rxcsum.TUOFL:
+        end = network + _IPV6_HEADER + int.from_bytes(frame[network + 4 : network + 6], "big")
+        start = network + _IPV6_HEADER
+        if end <= len(frame):
+            status, errors = _examine_transport(
+                frame, frame[network + 6], frame[network + 8 : start], start, end
+            )
+            return status or IXSM, errors
+    return IXSM, 0
+
+
+def _examine_ipv4(frame: bytes, control: int, network: int) -> tuple[int, int]:
+    header = 4 * (frame[network] & 15) if len(frame) > network else 0
+    end = network + int.from_bytes(frame[network + 2 : network + 4], "big")
+    if header < _IPV4_HEADER or not network + header <= end <= len(frame):
+        return IXSM, 0
+    status = errors = 0
+    if control & Rxcsum.IPOFL:
+        status, errors = IPCS, 0 if is_intact(frame[network : network + header]) else IPE
+    fragment = frame[network + 6] & 0x3F or frame[network + 7]
+    if control & Rxcsum.TUOFL and not fragment:
+        addresses = frame[network + 12 : network + 20]
+        more = _examine_transport(frame, frame[network + 9], addresses, network + header, end)
+        status, errors = status | more[0], errors | more[1]
+    return status or IXSM, errors
+
+
+def _examine_transport(
+    frame: bytes, protocol: int, addresses: bytes, start: int, end: int
+) -> tuple[int, int]:
+    """TCP or UDP from `start` to `end`; `addresses` are the pseudo-header's."""
+    place = start + _CHECKSUM_AT.get(protocol, 0)
+    if place == start or place + 2 > end:
+        return 0, 0
+    if protocol == _UDP and frame[place : place + 2] == b"\0\0":  # the sender made none
+        return 0, 0
+    intact = is_intact(frame[start:end], pseudo_sum(addresses, protocol, end - start))
+    return TCPCS, 0 if intact else TCPE

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Descriptors of the 8254x, 16 bytes each (Software Developer's Manual, 3.2.3 and 3.3.3 to 3.3.7)."""
+
+import struct
+from dataclasses import dataclass
+
+SIZE = 16
+
+# Receive (3.2.3): buffer address, length, packet checksum, status, errors, special
+RECEIVE = struct.Struct("<QHHBBH")
+ADDRESS = struct.Struct("<Q8x")
+
+DD, EOP, IXSM, VP, TCPCS, IPCS, PIF = 0x01, 0x02, 0x04, 0x08, 0x20, 0x40, 0x80
+TCPE, IPE = 0x20, 0x40
+"""Errors of a receive descriptor: TCP or UDP checksum, IP checksum."""
+
+# Transmit: buffer address, then lower (length, type, command) and upper (status, options, special) words
+TRANSMIT = struct.Struct("<QII")
+STATUS_OFFSET = 12
+"""Where the status byte of a transmit descriptor is."""
+
+# Of the lower word (3.3.3.1, 3.3.6.1, 3.3.7.2)
+LENGTH_LEGACY, LENGTH_DATA, PAYLEN = 0xFFFF, 0xF_FFFF, 0xF_FFFF
+TYPE, TYPE_DATA = 0xF << 20, 1 << 20
+CMD_EOP, CMD_IFCS, CMD_IC, CMD_TSE, CMD_RS = 1 << 24, 1 << 25, 1 << 26, 1 << 26, 1 << 27
+CMD_DEXT, CMD_VLE, CMD_IDE = 1 << 29, 1 << 30, 1 << 31
+TUCMD_TCP, TUCMD_IPV4, TUCMD_TSE = 1 << 24, 1 << 25, 1 << 26
+# Of the upper word of a data descriptor (3.3.7.3)
+POPTS_IXSM, POPTS_TXSM = 1 << 8, 1 << 9
+
+_CONTEXT = struct.Struct("<BBHBBHIBBH")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a context descriptor sets up for the data descriptors after it; offsets are in bytes."""
+
+    ip_start: int = 0
+    ip_offset: int = 0
+    ip_end: int = 0
+    """The last byte of the IP header; 0: to the end."""
+    tcp_start: int = 0
+    tcp_offset: int = 0
+    tcp_end: int = 0
+    """The last byte to be summed; 0: to the end."""
+    header_length: int = 0
+    segment_size: int = 0
+    tcp: bool = False
+    ipv4: bool = False
+
+
+def parse_context(descriptor: bytes) -> Context:
+    """A context descriptor of 16 bytes (3.3.6)."""
+    ipcss, ipcso, ipcse, tucss, tucso, tucse, command, _, header_length, mss = _CONTEXT.unpack(descriptor)
+    return Context(
+        *(ipcss, ipcso, ipcse, tucss, tucso, tucse, header_length, mss),
+        tcp=bool(command & TUCMD_TCP),
+        ipv4=bool(command & TUCMD_IPV4),
+    )

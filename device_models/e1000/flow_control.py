@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Ethernet flow control: PAUSE frames (IEEE 802.3, annex 31B; Software Developer's Manual, 8.4)."""
+
+from collections.abc import Callable
+
+from vfio_user.device_models.device import Host
+from vfio_user.device_models.e1000.bits import XON_ENABLE, Ctrl, Rctl
+from vfio_user.device_models.e1000.receive import NEVER, Receiver
+from vfio_user.device_models.e1000.statistics import Statistics
+from vfio_user.device_models.net import NetBackend
+from vfio_user.device_models.registers import RegisterFile
+from vfio_user.device_models.timers import Timer
+
+PAUSE = b"\x00\x01"
+"""The opcode."""
+QUANTUM = (51_200, 5_120, 512)  # ns: 512 bit times at 10, 100 and 1000 Mb/s
+
+
+class FlowControl:
+    """Stops our transmitter for the partner, and the partner when our packet buffer fills."""
+
+    def __init__(
+        self, host: Host, port: NetBackend, file: RegisterFile, statistics: Statistics, receiver: Receiver
+    ) -> None:
+        self._host = host
+        self._port = port
+        self._file = file
+        self._statistics = statistics
+        self._receiver = receiver
+        self._timer: Timer | None = None
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when `paused` may have changed."""
+        self.paused_until = 0
+        """Device time."""
+        self.xoff_sent = False
+        """Whether the partner still owes us a pause."""
+        self.speed = 2
+        receiver.on_flow_control, receiver.on_full = self.take, self.full
+
+    @property
+    def paused(self) -> bool:
+        return self._timer is not None
+
+    def configure(self) -> None:
+        """CTRL or a threshold was written."""
+        threshold = self._file.cell("FCRTH").value & 0xFFF8
+        sends = self._file.cell("CTRL").value & Ctrl.TFCE and threshold
+        self._receiver.xoff_above = threshold if sends else NEVER
+
+    def take(self, frame: bytes) -> bool:
+        """A frame to the flow control address; True: it goes no further."""
+        control = self._file.cell("RCTL").value
+        kind = self._file.cell("FCT").value.to_bytes(2, "big")
+        if not self._file.cell("CTRL").value & Ctrl.RFCE or frame[12:14] != kind or len(frame) < 18:
+            return False
+        if frame[14:16] != PAUSE:
+            self._statistics.count("FCRUC")
+            return not control & Rctl.PMCF
+        self._pause(int.from_bytes(frame[16:18], "big"))
+        return bool(control & Rctl.DPF)
+
+    def _pause(self, quanta: int) -> None:
+        self._statistics.count("XOFFRXC" if quanta else "XONRXC")
+        self._stop_timer()
+        if quanta:
+            self.paused_until = self._host.clock() + quanta * QUANTUM[self.speed]
+            self._timer = self._host.call_at(self.paused_until, self._over)
+        self.on_change()
+
+    def _over(self) -> None:
+        self._timer = None
+        self.on_change()
+
+    def full(self) -> None:
+        """The packet buffer is over its upper threshold."""
+        if not self.xoff_sent:
+            self.xoff_sent = True
+            self.send(self._file.cell("FCTTV").value)
+
+    def drained(self) -> None:
+        """Frames have left the packet buffer."""
+        low = self._file.cell("FCRTL").value
+        if self.xoff_sent and self._receiver.fifo_bytes <= low & 0xFFF8:
+            self.xoff_sent = False
+            if low & XON_ENABLE:
+                self.send(0)
+
+    def send(self, quanta: int) -> None:
+        """Send a PAUSE frame: XOFF, or XON with 0."""
+        self._statistics.count("XOFFTXC" if quanta else "XONTXC")
+        address = self._address("FCAL", "FCAH") + self._address("RAL", "RAH")
+        kind = self._file.cell("FCT").value.to_bytes(2, "big")
+        frame = address + kind + PAUSE + quanta.to_bytes(2, "big")
+        self._port.send([frame.ljust(60, b"\0")])
+        self._statistics.sent.add_other(64)
+
+    def _address(self, low: str, high: str) -> bytes:
+        return self._file.cell(low).value.to_bytes(4, "little") + (
+            self._file.cell(high).value & 0xFFFF
+        ).to_bytes(2, "little")
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def reset(self) -> None:
+        self._stop_timer()
+        self.paused_until, self.xoff_sent = 0, False
+        self._receiver.xoff_above = NEVER

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Interrupt causes, their mask and their moderation (Software Developer's Manual, 3.2.7 and 13.4.17 to 21).
+
+Two mechanisms delay an interrupt. The delay timers (RDTR and RADV, TIDV and TADV) hold a cause back, the
+throttle (ITR) holds the pin back: it rises at most once in the interval. Under INTx every interrupt costs
+a VMM several synchronous register reads, so the throttle decides the throughput. A floor of the server's
+own may make the interval longer than the guest asked for.
+"""
+
+from vfio_user.device_models.device import Host
+from vfio_user.device_models.e1000.bits import Cause
+from vfio_user.device_models.interrupts import Interrupts
+from vfio_user.device_models.registers import Cell, RegisterFile
+from vfio_user.device_models.timers import Timer
+
+ITR_UNIT = 256  # ns (13.4.18)
+DELAY_UNIT = 1024  # ns (13.4.30, 13.4.44)
+
+
+class Causes:
+    """ICR and IMS, and the pin that they drive."""
+
+    def __init__(self, host: Host, pin: Interrupts, file: RegisterFile, floor: int) -> None:
+        """`floor` is the least interval between two interrupts in nanoseconds, whatever ITR says."""
+        self._host = host
+        self._pin = pin
+        self._icr, self._ims, self._itr = file.cell("ICR"), file.cell("IMS"), file.cell("ITR")
+        self._timer: Timer | None = None
+        self.floor = floor
+        self.not_before = 0
+        """Device time at which the pin may rise next."""
+        self.fired = 0
+        """How often the pin has risen."""
+
+    def set(self, causes: int) -> None:
+        """Causes have come up."""
+        self._icr.value |= causes
+        self.update()
+
+    def read_icr(self, _index: int) -> int:
+        value, self._icr.value = self._icr.value, 0
+        if value:
+            self.update()
+        return value
+
+    def read_ics(self, _index: int) -> int:
+        return self._icr.value
+
+    def read_ims(self, _index: int) -> int:
+        return self._ims.value
+
+    def write_icr(self, _index: int, value: int) -> None:
+        """A written 1 acknowledges a cause."""
+        self._icr.value &= ~value
+        self.update()
+
+    def write_ics(self, _index: int, value: int) -> None:
+        self.set(value & Cause.ALL)
+
+    def write_ims(self, _index: int, value: int) -> None:
+        self._ims.value |= value & Cause.ALL
+        self.update()
+
+    def write_imc(self, _index: int, value: int) -> None:
+        self._ims.value &= ~value
+        if self._pin.level:
+            self.update()
+
+    def write_itr(self, _index: int, value: int) -> None:
+        """A shorter interval holds at once, for the guest must not wait for the end of a long one."""
+        self._itr.store(value)
+        self.not_before = min(self.not_before, self._host.clock() + self.interval())
+        self._stop_timer()
+        self.update()
+
+    def interval(self) -> int:
+        """Least time between two interrupts, in nanoseconds."""
+        return max(self._itr.value * ITR_UNIT, self.floor)
+
+    def update(self) -> None:
+        """Bring the pin to what ICR and IMS say: down at once, up when the throttle allows."""
+        if not self._icr.value & self._ims.value:
+            if self._pin.level:
+                self._pin.set_level(False)
+        elif not self._pin.level and self._timer is None:
+            now = self._host.clock()
+            if now >= self.not_before:
+                self._raise(now)
+            else:
+                self._timer = self._host.call_at(self.not_before, self._throttle_over)
+
+    def _raise(self, now: int) -> None:
+        self.not_before = now + self.interval()
+        self.fired += 1
+        self._pin.set_level(True)
+
+    def _throttle_over(self) -> None:
+        self._timer = None
+        self.update()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def reset(self) -> None:
+        """After the registers have been reset."""
+        self._stop_timer()
+        self.not_before = 0
+        self.update()
+
+
+class DelayedCause:
+    """A cause with a packet timer, begun anew by each event, and an absolute one, begun by the first."""
+
+    def __init__(self, host: Host, causes: Causes, bit: int, packet: Cell, absolute: Cell) -> None:
+        self._host = host
+        self._causes = causes
+        self._bit = bit
+        self._packet, self._absolute = packet, absolute
+        self._timer: Timer | None = None
+        self.deadline = 0
+        """When the packet timer ends; of no meaning while no event waits."""
+        self.limit = 0
+        """When the absolute timer ends."""
+
+    @property
+    def waiting(self) -> bool:
+        return self._timer is not None
+
+    def event(self) -> None:
+        """Something happened that the guest is to learn of after the delay."""
+        delay = self._packet.value
+        if delay == 0:
+            self._causes.set(self._bit)
+            return
+        now = self._host.clock()
+        self.deadline = now + delay * DELAY_UNIT
+        if self._timer is None:
+            self.limit = now + self._absolute.value * DELAY_UNIT if self._absolute.value else self.deadline
+            self._arm()
+
+    def flush(self) -> None:
+        """End the delay now: for the flush bits, and before a cause that overtakes."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._causes.set(self._bit)
+
+    def reset(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _arm(self) -> None:
+        self._timer = self._host.call_at(min(self.deadline, self.limit), self._expired)
+
+    def _expired(self) -> None:
+        self._timer = None
+        if min(self.deadline, self.limit) > self._host.clock():
+            self._arm()
+        else:
+            self._causes.set(self._bit)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A device that fails on demand: what a server has to survive, for its tests."""
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from vfio_user.device_models.device import DmaError, Host, IrqIndex, Option, pause
+from vfio_user.device_models.pci import Bar, Identity
+from vfio_user.device_models.pci_device import PciDevice
+from vfio_user.device_models.registers import Register, RegisterFile
+
+PLACES = ("nowhere", "constructor", "reset", "region", "config", "unmask", "counters")
+"""Where option `fail` makes the device raise `Fault`, each time that it gets there."""
+STORM = 10_000
+"""Edges of an interrupt storm."""
+
+RAISE, ENDLESS, DMA_READ, DMA_WRITE, STORM_INTX, STORM_MSI, CANCEL_ITSELF = range(1, 8)
+"""Values of START."""
+
+REGISTERS = (
+    Register("WORD", 0x00, writable=2**32 - 1, text="works always"),
+    Register("RAISES", 0x04, text="reading or writing it raises"),
+    Register("WRONG_SIZE", 0x08, text="a read of it gives a byte too few"),
+    Register(
+        "START", 0x0C, text="starts a task: 1 raises, 2 endless, 3 DMA read, 4 DMA write, 5 INTx storm, ..."
+    ),
+    Register("ADDRESS", 0x10, width=8, writable=2**64 - 1, text="guest address of the DMA"),
+    Register("LENGTH", 0x18, writable=2**32 - 1, text="bytes of the DMA"),
+    Register("DONE", 0x1C, text="tasks that ended well"),
+    Register("DMA_ERRORS", 0x20, text="DMAs that failed"),
+    Register("TURNS", 0x24, text="turns that the endless task has had"),
+    Register("STOP", 0x28, text="any write cuts the task"),
+    Register("TIMER_RAISES", 0x2C, text="any write sets a timer whose callback raises"),
+)
+
+
+class Fault(Exception):
+    """What this device raises."""
+
+
+def parse_place(text: str) -> str:
+    if text not in PLACES:
+        raise ValueError(f"it is one of {', '.join(PLACES)}, not {text!r}")
+    return text
+
+
+class _Registers(RegisterFile):
+    """A register file with a register that answers with too few bytes."""
+
+    def read(self, offset: int, count: int) -> bytes:
+        data = super().read(offset, count)
+        return data[:-1] if offset == self.cell("WRONG_SIZE").offset else data
+
+
+class Faulty(PciDevice):
+    model = "faulty"
+    summary = "fails on demand: exceptions, bad DMA, endless tasks, interrupt storms; for tests of servers"
+    options = (Option("fail", parse_place, "nowhere", f"where it fails each time: {', '.join(PLACES)}"),)
+    identity = Identity(vendor_id=0x1234, device_id=0xFA17, class_code=0xFF0000)
+
+    def __init__(self, host: Host, *, fail: str = "nowhere") -> None:
+        self.fail = fail
+        self._fail_at("constructor")
+        self._tasks: dict[int, Callable[[], Coroutine[Any, Any, None]]] = {
+            RAISE: self._raise,
+            ENDLESS: self._endless,
+            DMA_READ: self._dma_read,
+            DMA_WRITE: self._dma_write,
+            STORM_INTX: self._storm_intx,
+            STORM_MSI: self._storm_msi,
+            CANCEL_ITSELF: self._cancel_itself,
+        }
+        self.registers = _Registers(
+            0x1000,
+            REGISTERS,
+            on_read={"WORD": self._read_word, "RAISES": self._read_raises},
+            on_write={
+                "RAISES": self._write_raises,
+                "START": self._start,
+                "STOP": lambda _index, _value: host.cancel("fault"),
+                "TIMER_RAISES": self._set_timer,
+            },
+        )
+        super().__init__(host, {0: Bar(self.registers)}, msi_vectors=1, msix_vectors=1)
+
+    def _fail_at(self, place: str) -> None:
+        if self.fail == place:
+            raise Fault(f"{place} fails on demand")
+
+    def _read_word(self, _index: int) -> int:
+        self._fail_at("region")
+        return self.registers.cell("WORD").value
+
+    def _read_raises(self, _index: int) -> int:
+        raise Fault("a register read fails on demand")
+
+    def _write_raises(self, _index: int, _value: int) -> None:
+        raise Fault("a register write fails on demand")
+
+    def _start(self, _index: int, value: int) -> None:
+        if value in self._tasks:
+            self.host.start("fault", self._tasks[value])
+
+    def _set_timer(self, _index: int, _value: int) -> None:
+        self.host.call_at(self.host.clock(), self._timer)
+
+    def _timer(self) -> None:
+        raise Fault("a timer fails on demand")
+
+    def _count(self, name: str) -> None:
+        cell = self.registers.cell(name)
+        cell.value = cell.value + 1 & 0xFFFF_FFFF
+
+    async def _raise(self) -> None:
+        await pause()
+        raise Fault("a task fails on demand")
+
+    async def _endless(self) -> None:
+        while True:
+            self._count("TURNS")
+            await pause()
+
+    async def _dma_read(self) -> None:
+        try:
+            await self.host.dma.read(
+                self.registers.cell("ADDRESS").value, self.registers.cell("LENGTH").value
+            )
+        except DmaError:
+            self._count("DMA_ERRORS")
+        else:
+            self._count("DONE")
+
+    async def _dma_write(self) -> None:
+        length = min(self.registers.cell("LENGTH").value, 1 << 20)
+        try:
+            await self.host.dma.write(self.registers.cell("ADDRESS").value, b"\xfa" * length)
+        except DmaError:
+            self._count("DMA_ERRORS")
+        else:
+            self._count("DONE")
+
+    async def _storm_intx(self) -> None:
+        for edge in range(STORM):
+            self.interrupts.set_level(not edge % 2)
+            if edge % 64 == 63:
+                await pause()
+        self.interrupts.set_level(False)
+        self._count("DONE")
+
+    async def _storm_msi(self) -> None:
+        for edge in range(STORM):
+            self.interrupts.notify(0)
+            if edge % 64 == 63:
+                await pause()
+        self._count("DONE")
+
+    async def _cancel_itself(self) -> None:
+        self._count("DONE")
+        self.host.cancel("fault")
+        await pause()
+        self._count("TURNS")  # never: the cut comes at the await
+
+    def _config_changed(self) -> None:
+        self._fail_at("config")
+        super()._config_changed()
+
+    def irq_unmasked(self, index: IrqIndex, vector: int) -> None:
+        self._fail_at("unmask")
+        super().irq_unmasked(index, vector)
+
+    def counters(self) -> dict[str, int]:
+        self._fail_at("counters")
+        return {name.lower(): self.registers.cell(name).value for name in ("DONE", "DMA_ERRORS", "TURNS")}
+
+    def reset_state(self) -> None:
+        self._fail_at("reset")
+        self.registers.reset()
