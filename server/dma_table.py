@@ -52,12 +52,14 @@ class DmaTable:
     ) -> DmaRegion:
         """Add a region (specification: "VFIO_USER_DMA_MAP"). Takes ownership of `fd` in any case.
 
+        `offset` is that in the file, and counts with a descriptor only.
+
         EINVAL: size 0, not page aligned, past the end of the address space, neither readable nor
         writable, a descriptor that is too short or no file. EEXIST: overlaps a region. ENOSPC: too many
         regions. EACCES: the descriptor does not allow writing, and `writable` (as mmap says it; the
         kernel's VFIO refuses it too, because a DMA that fails later would be worse).
         """
-        spec = RegionSpec(address, size, offset, readable, writable)
+        spec = RegionSpec(address, size, offset if fd is not None else 0, readable, writable)
         try:
             self._check(spec)
         except BaseException:

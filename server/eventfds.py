@@ -30,6 +30,18 @@ def require_eventfd(fd: OwnedFd) -> None:
         raise RemoteProtocolError("a file descriptor of SET_IRQS is not an eventfd")
 
 
+def drain(fd: int) -> bool:
+    """Take the count of an eventfd, if there is one. Whether there was.
+
+    The other side holds the same open file, may have read it a moment ago and may have made it blocking,
+    so it is asked with RWF_NOWAIT (position -1: as read(2) does).
+    """
+    try:
+        return os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT) == 8
+    except BlockingIOError:
+        return False
+
+
 class Eventfd:
     """Owns the client's eventfd.
 
@@ -58,17 +70,6 @@ class Eventfd:
                 os.write(self._fd.fileno(), _ONE)
         except OSError as error:
             self._report(error)
-
-    def drain(self) -> bool:
-        """Take the count, if there is one. Whether there was."""
-        try:
-            # Position -1 and RWF_NOWAIT: read(2) that does not wait although the file may be blocking.
-            return os.preadv(self._fd.fileno(), [bytearray(8)], -1, os.RWF_NOWAIT) == 8
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            self._report(error)
-            return False
 
     def _report(self, error: OSError) -> None:
         if error.errno != errno.EAGAIN and not self._reported:

@@ -13,6 +13,7 @@ from vfio_user.device_models.regions import Doorbell, Region
 from vfio_user.protocol.constants import SCM_MAX_FD, IoeventfdFlags
 from vfio_user.protocol.errors import RemoteProtocolError
 from vfio_user.protocol.messages import Ioeventfd
+from vfio_user.server.eventfds import drain
 from vfio_user.transport.fds import OwnedFd, close_all
 from vfio_user.transport.poller import Poller
 
@@ -76,9 +77,7 @@ def _ringer(fd: OwnedFd, region: Region, doorbell: Doorbell) -> Callable[[], Non
     data = (doorbell.value or 0).to_bytes(doorbell.size, "little")
 
     def ring() -> None:
-        try:
-            os.read(fd.fileno(), 8)
-        except BlockingIOError:  # somebody else who holds the eventfd has read it
+        if not drain(fd.fileno()):
             return
         try:
             region.write(doorbell.offset, data)

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 
 from vfio_user.protocol.constants import IrqSetFlags
-from vfio_user.server.eventfds import Eventfd
+from vfio_user.server.eventfds import Eventfd, drain
 from vfio_user.transport.poller import Poller
 
 
@@ -50,5 +50,5 @@ class IrqVector:
             eventfd.close()
 
     def _signalled(self, action: IrqSetFlags) -> None:
-        if self._incoming[action].drain():
+        if drain(self._incoming[action].fileno()):
             self._callbacks[action]()

@@ -10,6 +10,7 @@ request is that of `struct vfio_irq_set` in linux/vfio.h, also for the eventfds 
 go from the client to us (the specification's prose has it the other way round; no client does that).
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from vfio_user.device_models.device import IrqIndex
@@ -24,6 +25,8 @@ from vfio_user.server.eventfds import Eventfd
 from vfio_user.server.irq_vectors import IrqVector
 from vfio_user.transport.fds import OwnedFd, close_all
 from vfio_user.transport.poller import Poller
+
+logger = logging.getLogger(__name__)
 
 _EVENTFD, _MASKABLE = IrqInfoFlags.EVENTFD, IrqInfoFlags.MASKABLE
 
@@ -215,8 +218,13 @@ class Irqs:
             self._announce(index, vector)
 
     def _announce(self, index: IrqIndex, vector: int) -> None:
-        if self._vectors[index][vector].deliverable:
+        if not self._vectors[index][vector].deliverable:
+            return
+        try:
             self._on_unmasked(index, vector)
+        except Exception:
+            # What the client asked has been done; a broken model must not make it look refused.
+            logger.exception("the device failed when %s vector %d was unmasked", index.name, vector)
 
     def _fire_intx(self) -> None:
         for vector in self._vectors[IrqIndex.INTX]:

@@ -74,6 +74,10 @@ def test_without_a_descriptor_by_message(table: DmaTable) -> None:
     assert (region.address, region.size, region.end) == (0x10000, 2 * PAGE, 0x12000)
 
 
+def test_without_a_descriptor_the_offset_does_not_count(table: DmaTable) -> None:
+    assert table.map(0, PAGE, None, 100).access is Access.MESSAGE
+
+
 def test_a_memfd_that_cannot_shrink_is_mapped(table: DmaTable) -> None:
     region = table.map(0, PAGE, sealed(2 * PAGE), PAGE)
     assert region.access is Access.MAPPED
