@@ -3,6 +3,7 @@
 
 import importlib
 import sys
+from typing import NoReturn
 
 import click
 
@@ -40,7 +41,7 @@ def main() -> None:
     """Emulated PCI devices behind a real VMM, over vfio-user."""
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """End with one line that says what is wrong and what to do, and exit status 2."""
     click.echo(f"vfio-user: {message}", err=True)
     sys.exit(2)

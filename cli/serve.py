@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`vfio-user serve`: a device model on a socket, until SIGTERM or SIGINT."""
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+import trio
+
+from vfio_user.cli.main import fail
+from vfio_user.device_models.catalog import load_model, make_device, parse_options
+from vfio_user.device_models.device import Device, OptionError
+from vfio_user.device_models.net import NetBackend, NetDevice
+from vfio_user.server.engines.native import NativeServer, Settings
+from vfio_user.server.host import ServerHost
+from vfio_user.server.net import BackendError, open_backend
+from vfio_user.transport.listener import Listener, ListenError
+
+DEFAULTS = Settings()
+LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
+
+
+@click.command("serve")
+@click.argument("model")
+@click.option("--socket-path", type=click.Path(path_type=Path), help="UNIX socket to listen on.")
+@click.option("--fd", type=click.IntRange(0), help="Inherited UNIX socket, listening or connected.")
+@click.option("--engine", type=click.Choice(["native"]), default="native", help="Who speaks the protocol.")
+@click.option(
+    "--net",
+    "net",
+    default="echo",
+    show_default=True,
+    metavar="BACKEND",
+    help="echo, tap:NAME, stream:PATH or none; with ,pcap=FILE and faults as ,drop=0.01.",
+)
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Option of the model (list).")
+@click.option(
+    "--spin",
+    type=click.IntRange(0, 100_000),
+    default=DEFAULTS.spin_us,
+    show_default=True,
+    metavar="MICROSECONDS",
+    help="Look for work so long before sleeping: less latency, more CPU.",
+)
+@click.option(
+    "--trust-client-memory",
+    is_flag=True,
+    help="Map guest memory that is not sealed against shrinking too. A client that truncates it "
+    "then kills this process; without this flag such memory is accessed by read and write calls.",
+)
+@click.option(
+    "--max-dma-maps",
+    type=click.IntRange(1, 65535),
+    default=DEFAULTS.max_dma_maps,
+    show_default=True,
+    help="DMA regions that a client may map at a time.",
+)
+@click.option("--stats", is_flag=True, help="Print the counters when a client leaves and at the end.")
+@click.option("-v", "--verbose", count=True, help="Log what happens; twice: every refused request.")
+def command(
+    model: str,
+    socket_path: Path | None,
+    fd: int | None,
+    engine: str,
+    net: str,
+    assignments: tuple[str, ...],
+    spin: int,
+    trust_client_memory: bool,
+    max_dma_maps: int,
+    stats: bool,
+    verbose: int,
+) -> None:
+    """Serve the device MODEL (a name of `vfio-user list`, or package.module:Class of your own).
+
+    Prints "listening on PATH" when a client can connect. Clients may come and go; the device keeps its
+    state. SIGTERM and SIGINT end it with exit status 0, and the socket file is removed.
+    """
+    logging.basicConfig(
+        level=LEVELS[min(verbose, 2)], format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    if (socket_path is None) == (fd is None):
+        fail("give either --socket-path PATH or --fd N")
+    settings = Settings(spin_us=spin, trust_client_memory=trust_client_memory, max_dma_maps=max_dma_maps)
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(NativeServer(settings))
+            server.install(_maker(server, model, net, assignments, stack))
+            if socket_path is not None:
+                listener = Listener.bind(socket_path)
+                stack.callback(listener.close)
+                server.listen(listener)
+            elif fd is not None:
+                server.adopt(Listener.adopt(fd))
+        except (OptionError, BackendError, ListenError, OSError) as error:
+            fail(str(error))
+        trio.run(_serve, server, socket_path or f"descriptor {fd}", stats)
+
+
+def _maker(
+    server: NativeServer, name: str, net: str, assignments: tuple[str, ...], stack: ExitStack
+) -> Callable[[ServerHost], Device]:
+    model = load_model(name)
+    options = parse_options(model, assignments)
+    backend: NetBackend | None = None
+    if issubclass(model, NetDevice):
+        opened = open_backend(net, server.poller, server.call_later)
+        stack.callback(opened.close)
+        backend = opened
+    return lambda host: make_device(model, host, backend, options)
+
+
+async def _serve(server: NativeServer, where: Path | str, stats: bool) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_run, server, nursery.cancel_scope)
+            print(f"listening on {where}", flush=True)
+            async for _ in signals:
+                nursery.cancel_scope.cancel()
+                break
+    if stats:
+        print_counters(server)
+
+
+async def _run(server: NativeServer, scope: trio.CancelScope) -> None:
+    await server.run()
+    scope.cancel()  # an adopted connection has ended: there is nobody else to wait for
+
+
+def print_counters(server: NativeServer) -> None:
+    """One `name value` a line on standard output, the device's and the DMA's."""
+    for name, value in server.counters().items():
+        print(f"{name} {value}")
+    sys.stdout.flush()

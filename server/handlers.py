@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One function per command that a client sends: takes the request, gives the reply, or raises.
+
+A `VfioUserError` becomes an error reply with its errno. Descriptors that came with a request are in
+`fds`; a handler pops those that it keeps, the session closes the others.
+"""
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vfio_user.device_models.regions import Region
+from vfio_user.protocol import messages as m
+from vfio_user.protocol.constants import (
+    PCI_NUM_IRQS,
+    Command,
+    DeviceFlags,
+    DmaMapFlags,
+    DmaUnmapFlags,
+    RegionInfoFlags,
+)
+from vfio_user.protocol.errors import DeviceError
+from vfio_user.transport.fds import OwnedFd
+
+if TYPE_CHECKING:
+    from vfio_user.server.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A reply and the descriptors to go with it, which stay the server's."""
+
+    body: m.Message
+    fds: tuple[int, ...] = ()
+
+
+Handler = Callable[["Session", Any, list[OwnedFd]], Answer]
+
+
+def version(session: "Session", request: m.VersionRequest, fds: list[OwnedFd]) -> Answer:
+    return Answer(session.negotiate(request))
+
+
+def dma_map(session: "Session", request: m.DmaMapRequest, fds: list[OwnedFd]) -> Answer:
+    fd = fds.pop() if fds else None
+    session.host.table.map(
+        request.address,
+        request.size,
+        fd,
+        request.offset,
+        readable=bool(request.flags & DmaMapFlags.READ),
+        writable=bool(request.flags & DmaMapFlags.WRITE),
+    )
+    return Answer(m.DmaMapReply())
+
+
+def dma_unmap(session: "Session", request: m.DmaUnmapRequest, fds: list[OwnedFd]) -> Answer:
+    if request.flags & DmaUnmapFlags.GET_DIRTY_BITMAP:
+        raise DeviceError("DMA_UNMAP with GET_DIRTY_BITMAP: no dirty page logging is active", errno.EINVAL)
+    if request.flags & DmaUnmapFlags.ALL:
+        regions = session.host.table.unmap_all()
+    else:
+        regions = session.host.table.unmap(request.address, request.size)
+    size = sum(region.size for region in regions)
+    return Answer(m.DmaUnmapReply(request.flags, request.address, size))
+
+
+def device_get_info(session: "Session", request: m.DeviceGetInfoRequest, fds: list[OwnedFd]) -> Answer:
+    flags = DeviceFlags.PCI | DeviceFlags.RESET
+    return Answer(m.fit(m.DeviceGetInfoReply(flags, session.num_regions, PCI_NUM_IRQS), request.argsz))
+
+
+def device_get_region_info(
+    session: "Session", request: m.DeviceGetRegionInfoRequest, fds: list[OwnedFd]
+) -> Answer:
+    if request.index >= session.num_regions:
+        raise DeviceError(f"region {request.index}: the device has {session.num_regions} region indexes")
+    region = session.device.regions.get(request.index)
+    if region is None:
+        return Answer(m.fit(m.DeviceGetRegionInfoReply(0, request.index, 0), request.argsz))
+    reply = m.DeviceGetRegionInfoReply(
+        _region_flags(region), request.index, region.size, capabilities=_capabilities(region)
+    )
+    fd = session.host.memory_fd(region.memory) if region.memory is not None and region.mmap_areas else None
+    return Answer(m.fit(reply, request.argsz), () if fd is None else (fd,))
+
+
+def _region_flags(region: Region) -> int:
+    flags = RegionInfoFlags.READ * region.readable | RegionInfoFlags.WRITE * region.writable
+    return flags | RegionInfoFlags.MMAP * bool(region.mmap_areas)
+
+
+def _capabilities(region: Region) -> tuple[m.RegionCapability, ...]:
+    """The areas that may be mapped, unless that is the whole region."""
+    areas = tuple(m.SparseMmapArea(area.offset, area.size) for area in region.mmap_areas)
+    if not areas or areas == (m.SparseMmapArea(0, region.size),):
+        return ()
+    return (m.SparseMmapCapability(areas),)
+
+
+def device_get_region_io_fds(
+    session: "Session", request: m.DeviceGetRegionIoFdsRequest, fds: list[OwnedFd]
+) -> Answer:
+    if request.flags or request.count:
+        raise DeviceError("DEVICE_GET_REGION_IO_FDS: flags and count must be 0", errno.EINVAL)
+    doorbells = session.host.ioeventfds.offer(request.index, session.max_send_fds)
+    reply = m.fit(m.DeviceGetRegionIoFdsReply(request.index, doorbells.sub_regions), request.argsz)
+    return Answer(reply, doorbells.fds if reply.sub_regions else ())
+
+
+def device_get_irq_info(session: "Session", request: m.DeviceGetIrqInfoRequest, fds: list[OwnedFd]) -> Answer:
+    flags, count = session.host.irqs.info(request.index)
+    return Answer(m.fit(m.DeviceGetIrqInfoReply(flags, request.index, count), request.argsz))
+
+
+def device_set_irqs(session: "Session", request: m.DeviceSetIrqsRequest, fds: list[OwnedFd]) -> Answer:
+    given = fds[:]
+    fds.clear()  # theirs from now on
+    session.host.irqs.set_irqs(
+        request.flags, request.index, request.start, request.count, request.data, given
+    )
+    return Answer(m.DeviceSetIrqsReply())
+
+
+def region_read(session: "Session", request: m.RegionReadRequest, fds: list[OwnedFd]) -> Answer:
+    region = _accessed(session, request.region, request.offset, request.count)
+    if not region.readable:
+        raise DeviceError(f"region {request.region} cannot be read", errno.EPERM)
+    return Answer(
+        m.RegionReadReply(request.offset, request.region, region.read(request.offset, request.count))
+    )
+
+
+def region_write(session: "Session", request: m.RegionWriteRequest, fds: list[OwnedFd]) -> Answer:
+    _write(session, request.region, request.offset, request.data)
+    return Answer(m.RegionWriteReply(request.offset, request.region, len(request.data)))
+
+
+def region_write_multi(session: "Session", request: m.RegionWriteMultiRequest, fds: list[OwnedFd]) -> Answer:
+    """The reply tells how many writes were done; the first one that fails ends them."""
+    done = 0
+    for write in request.writes:
+        try:
+            _write(session, write.region, write.offset, write.data)
+        except DeviceError:
+            if not done:
+                raise
+            break
+        done += 1
+    return Answer(m.RegionWriteMultiReply(done))
+
+
+def device_reset(session: "Session", request: m.DeviceResetRequest, fds: list[OwnedFd]) -> Answer:
+    session.host.reset()
+    session.device.reset()
+    return Answer(m.DeviceResetReply())
+
+
+def no_dirty_pages(session: "Session", request: m.Message, fds: list[OwnedFd]) -> Answer:
+    raise DeviceError("this server does not log dirty pages", errno.ENOTSUP)
+
+
+def no_feature(session: "Session", request: m.DeviceFeatureRequest, fds: list[OwnedFd]) -> Answer:
+    raise DeviceError("this device has no such feature", errno.ENOTTY)
+
+
+def no_migration(session: "Session", request: m.Message, fds: list[OwnedFd]) -> Answer:
+    raise DeviceError("this device does not migrate", errno.ENOTSUP)
+
+
+def _region(session: "Session", index: int) -> Region:
+    region = session.device.regions.get(index)
+    if region is None:
+        raise DeviceError(f"the device has no region {index}")
+    return region
+
+
+def _accessed(session: "Session", index: int, offset: int, count: int) -> Region:
+    region = _region(session, index)
+    if offset + count > region.size:
+        raise DeviceError(f"{count} bytes at {offset:#x} leave region {index} of {region.size:#x} bytes")
+    if count > session.max_data_xfer_size:
+        raise DeviceError(f"{count} bytes are more than max_data_xfer_size ({session.max_data_xfer_size})")
+    return region
+
+
+def _write(session: "Session", index: int, offset: int, data: m.Payload) -> None:
+    region = _accessed(session, index, offset, len(data))
+    if not region.writable:
+        raise DeviceError(f"region {index} cannot be written", errno.EPERM)
+    region.write(offset, data)
+
+
+HANDLERS: dict[Command, Handler] = {
+    Command.VERSION: version,
+    Command.DMA_MAP: dma_map,
+    Command.DMA_UNMAP: dma_unmap,
+    Command.DEVICE_GET_INFO: device_get_info,
+    Command.DEVICE_GET_REGION_INFO: device_get_region_info,
+    Command.DEVICE_GET_REGION_IO_FDS: device_get_region_io_fds,
+    Command.DEVICE_GET_IRQ_INFO: device_get_irq_info,
+    Command.DEVICE_SET_IRQS: device_set_irqs,
+    Command.REGION_READ: region_read,
+    Command.REGION_WRITE: region_write,
+    Command.DEVICE_RESET: device_reset,
+    Command.DIRTY_PAGES: no_dirty_pages,
+    Command.REGION_WRITE_MULTI: region_write_multi,
+    Command.DEVICE_FEATURE: no_feature,
+    Command.MIG_DATA_READ: no_migration,
+    Command.MIG_DATA_WRITE: no_migration,
+}
+"""Every command that the server takes; a test compares it with `protocol.commands.COMMANDS`."""
+
+SET_UP = frozenset(
+    {
+        Command.VERSION,
+        Command.DMA_MAP,
+        Command.DMA_UNMAP,
+        Command.DEVICE_GET_INFO,
+        Command.DEVICE_GET_REGION_INFO,
+        Command.DEVICE_GET_IRQ_INFO,
+        Command.DEVICE_SET_IRQS,
+    }
+)
+"""With these a client sets itself up; any other command shows that it is ready for the device to work."""

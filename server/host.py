@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The host that the native engine gives to a device: guest memory, interrupts, tasks and time."""
+
+import time
+from collections.abc import Mapping
+
+from vfio_user.device_models.device import Device, IrqIndex
+from vfio_user.device_models.host import HostBase
+from vfio_user.device_models.regions import SharedMemory
+from vfio_user.server.dma_table import DmaTable
+from vfio_user.server.guest_memory import GuestMemory
+from vfio_user.server.ioeventfds import Ioeventfds
+from vfio_user.server.irqs import Irqs
+from vfio_user.server.message_dma import DmaSender, MessageDma
+from vfio_user.server.shared_memory import MemfdMemory
+from vfio_user.transport.poller import Poller
+
+
+class ServerHost(HostBase):
+    """A `device.Host`. What belongs to a client goes with `detach`; the device and its state stay.
+
+    `irqs` and `ioeventfds` are there once `install` was called: they follow from the device.
+    """
+
+    irqs: Irqs
+    ioeventfds: Ioeventfds
+
+    def __init__(
+        self, poller: Poller, *, trust_client_memory: bool = False, max_dma_maps: int = 65535
+    ) -> None:
+        super().__init__(time.monotonic_ns)
+        self._poller = poller
+        self._memories: list[MemfdMemory] = []
+        self.table = DmaTable(max_regions=max_dma_maps, trust_client_memory=trust_client_memory)
+        self.dma = GuestMemory(self.table)
+
+    def install(self, device: Device) -> None:
+        """Know the device, which has been made with this host; it is stopped until a client uses it."""
+        self.irqs = Irqs(self._poller, device.irqs, device.irq_unmasked)
+        self.ioeventfds = Ioeventfds(self._poller, device.regions)
+        self.stop()
+
+    def attach(self, sender: DmaSender, *, max_dma_maps: int, max_transfer: int) -> None:
+        """A client has negotiated: DMA without shared memory goes to it by message."""
+        self.table.max_regions = max_dma_maps
+        self.dma.messages = MessageDma(sender, max_transfer)
+
+    def detach(self) -> None:
+        """The client has gone: stop the device, release the client's memory and descriptors."""
+        self.stop()
+        self.dma.messages = None
+        self.table.unmap_all()
+        self.irqs.release()
+        self.ioeventfds.release()
+
+    def close(self) -> None:
+        """The end: release everything. The device must not be used afterwards."""
+        self.reset()
+        for memory in self._memories:
+            memory.close()
+        self._memories.clear()
+
+    def stop(self) -> None:
+        super().stop()
+        self.irqs.stop()
+
+    def resume(self) -> None:
+        super().resume()
+        self.irqs.resume()
+
+    def set_irq_level(self, level: bool) -> None:
+        self.irqs.set_level(level)
+
+    def trigger_irq(self, index: IrqIndex, vector: int) -> bool:
+        return self.irqs.trigger(index, vector)
+
+    def irq_enabled(self, index: IrqIndex) -> bool:
+        return self.irqs.enabled(index)
+
+    def allocate_memory(self, size: int) -> MemfdMemory:
+        memory = MemfdMemory(size)
+        self._memories.append(memory)
+        return memory
+
+    def memory_fd(self, memory: SharedMemory) -> int:
+        """The descriptor of memory that `allocate_memory` made."""
+        assert isinstance(memory, MemfdMemory)
+        return memory.fd
+
+    def counters(self) -> Mapping[str, int]:
+        """DMA by way, and interrupts by index."""
+        fired = {f"irqs_{index.name.lower()}": count for index, count in self.irqs.fired.items()}
+        return {f"dma_{name}": value for name, value in self.dma.counters.as_dict().items()} | fired

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The socket that clients connect to: made from a path, or taken over from whoever started us."""
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+BACKLOG = 8
+"""Clients that may wait for the present one to leave."""
+
+SUN_PATH_SIZE = 107
+"""Bytes of a socket's path (unix(7), `sun_path` without its NUL)."""
+
+
+class ListenError(OSError):
+    """The socket cannot be had; the text says why and what to do."""
+
+
+class Listener:
+    """A listening AF_UNIX socket, and the file that goes with it, removed when closed if it is still ours."""
+
+    def __init__(self, sock: socket.socket, path: Path | None = None) -> None:
+        sock.setblocking(False)
+        self.socket = sock
+        self.path = path
+        self._identity = None if path is None else _identity(path)
+
+    @classmethod
+    def bind(cls, path: Path) -> "Listener":
+        """Listen at `path`; a socket file that nobody serves any more is replaced."""
+        if len(os.fsencode(path)) > SUN_PATH_SIZE:
+            raise ListenError(f"the socket path has more than {SUN_PATH_SIZE} bytes: choose a shorter one")
+        _remove_stale(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.bind(os.fspath(path))
+            sock.listen(BACKLOG)
+        except OSError as error:
+            sock.close()
+            raise ListenError(f"cannot listen on {path}: {error.strerror}") from error
+        return cls(sock, path)
+
+    @classmethod
+    def adopt(cls, fd: int) -> "Listener | socket.socket":
+        """Take over descriptor `fd`: a listening socket gives a `Listener`, a connected one is returned."""
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError as error:
+            raise ListenError(f"descriptor {fd} is not a socket: {error.strerror}") from error
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            sock.detach()  # not ours to close: it was given by mistake
+            raise ListenError(f"descriptor {fd} is not a UNIX stream socket")
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return cls(sock)
+        sock.setblocking(False)
+        return sock
+
+    def accept(self) -> socket.socket | None:
+        """The next client, if one waits."""
+        try:
+            client, _ = self.socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        client.setblocking(False)
+        return client
+
+    def close(self) -> None:
+        self.socket.close()
+        if self.path is not None and self._identity == _identity(self.path):
+            self.path.unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ListenError(f"cannot listen on {path}: {error.strerror}") from error
+    if not stat.S_ISSOCK(mode):
+        raise ListenError(f"{path} exists and is not a socket: choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            raise ListenError(f"cannot tell whether {path} is served: {error.strerror or error}") from error
+    raise ListenError(f"{path} is served by another process: end that one or choose another path")
