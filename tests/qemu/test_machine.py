@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from vfio_user.client.qemu.command import DEFAULT_SLOTS, Chipset, MachineOptions
+from vfio_user.client.qemu.command import DEFAULT_SLOTS, Chipset, MachineOptions, VfioUserDevice
 from vfio_user.client.qemu.lab import Lab
 from vfio_user.client.qemu.machine import CommandError, Machine, MachineError, open_machine
+from vfio_user.client.qemu.process import running
 
 GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]
 
@@ -125,6 +126,31 @@ async def test_qemu_runs_in_the_namespace(guest_machine: GuestMachine, netns: st
         inside = os.stat(f"/run/netns/{netns}").st_ino
         assert os.stat(f"/proc/{guest.pid}/ns/net").st_ino == inside
         assert os.stat("/proc/self/ns/net").st_ino != inside
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize(
+    ("chipset", "mapped", "root_port", "place"),
+    [("q35", True, False, "00:04.0"), ("q35", False, True, "01:00.0"), ("i440fx", True, False, "00:04.0")],
+)
+async def test_a_vfio_user_device_of_the_c_library_is_seen(
+    guest_machine: GuestMachine,
+    libvfio_lab: Lab,
+    tmp_path: Path,
+    chipset: Chipset,
+    mapped: bool,
+    root_port: bool,
+    place: str,
+) -> None:
+    path = tmp_path / "gpio"
+    server = [str(libvfio_lab.sample("gpio-pci-idio-16")), str(path)]
+    device = VfioUserDevice(path, root_port=root_port)
+    async with running(server, tmp_path / "log"):
+        with trio.fail_after(5):
+            while not os.path.lexists(path):  # noqa: ASYNC110, ASYNC240
+                await trio.sleep(0.01)
+        async with guest_machine(MachineOptions(chipset, mapped, devices=[device])) as guest:
+            assert f"{place} 0000: 494f:0dc8" in await guest.check("lspci -n")
 
 
 async def test_a_wrong_argument_is_told_with_qemus_own_words(lab: Lab) -> None:
