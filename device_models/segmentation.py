@@ -78,10 +78,12 @@ def take_head(buffers: Sequence[Buffer], length: int) -> bytes:
 
 def skip_head(buffers: Sequence[Buffer], length: int) -> list[Buffer]:
     """Views of what follows the first `length` bytes."""
+    if buffers and len(buffers[0]) >= length:  # as drivers do it: the headers come in one piece
+        return [memoryview(buffers[0])[length:], *buffers[1:]]
     rest: list[Buffer] = []
     for piece in buffers:
         if length < len(piece):
-            rest.append(memoryview(piece)[length:] if length else piece)
+            rest.append(memoryview(piece)[length:])
         length = max(0, length - len(piece))
     return rest
 
