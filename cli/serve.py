@@ -17,7 +17,8 @@ from vfio_user.device_models.device import Device, OptionError
 from vfio_user.device_models.net import NetBackend, NetDevice
 from vfio_user.server.engines.native import NativeServer, Settings
 from vfio_user.server.host import ServerHost
-from vfio_user.server.net import BackendError, open_backend
+from vfio_user.server.net.errors import BackendError
+from vfio_user.server.net.factory import open_backend
 from vfio_user.transport.listener import Listener, ListenError
 
 DEFAULTS = Settings()

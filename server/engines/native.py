@@ -82,6 +82,7 @@ class NativeServer:
 
     def close(self) -> None:
         """Let go of the client, the memory and every descriptor; the listener is its maker's."""
+        self._listener = None
         self._detach()
         self.host.close()
         self.poller.close()
