@@ -93,9 +93,9 @@ class NativeServer:
         self.host.install(self.device)
         self.device.reset()
 
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
-        """For backends: real time, which goes on while the device is stopped."""
-        return self._timers.call_at(self._timers.clock() + int(seconds * NANOSECONDS), callback)
+    def call_later(self, nanoseconds: int, callback: Callable[[], None]) -> Timer:
+        """For backends (`CallLater`): real time, which goes on while the device is stopped."""
+        return self._timers.call_at(self._timers.clock() + nanoseconds, callback)
 
     def counters(self) -> Mapping[str, int]:
         """The device's figures, the DMA's and ours, by name."""

@@ -3,6 +3,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from ipaddress import ip_network
 from pathlib import Path
@@ -13,9 +14,10 @@ from scapy.layers.l2 import Ether
 
 from vfio_user.device_models.backends import NoneBackend
 from vfio_user.device_models.echo import EchoBackend
-from vfio_user.device_models.net import Cancellable, NetBackend
+from vfio_user.device_models.net import Cancellable
 from vfio_user.device_models.timers import Timer
 from vfio_user.device_models.wire_faults import Faults, FaultyBackend
+from vfio_user.server.engines.native import NativeServer
 from vfio_user.server.net.errors import BackendError
 from vfio_user.server.net.factory import BACKENDS, open_backend, parse_spec
 from vfio_user.server.net.pcap import CaptureBackend
@@ -139,5 +141,10 @@ def test_the_table_describes_each_backend() -> None:
     for name, kind in BACKENDS.items():
         assert kind.syntax.partition(":")[0] == name
         assert kind.summary
-    backend: type[NetBackend] = NoneBackend
-    assert backend is NoneBackend
+
+
+def test_the_engine_gives_time_in_the_unit_that_backends_ask_for() -> None:
+    with NativeServer() as server:
+        before = time.monotonic_ns()
+        timer = server.call_later(5_000_000, lambda: None)
+        assert before + 5_000_000 <= timer.deadline <= time.monotonic_ns() + 5_000_000

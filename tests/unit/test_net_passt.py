@@ -84,7 +84,7 @@ class Passt:
             "--runas",
             "nobody",
             "--socket",
-            self.path,
+            str(self.path),
         ]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
