@@ -75,6 +75,7 @@ class Bench:
         self.device.config.write(COMMAND, b"\x07\x00")
         self.tx_count = self.rx_count = 0
         self.tail = self.next_received = 0
+        self._free = TX_DATA
 
     # Registers
 
@@ -208,7 +209,9 @@ class Bench:
         self, data: bytes, *, sizes: Sequence[int] = (), command: int = IFCS | RS, upper: int = 0
     ) -> int:
         """Put a frame as descriptors of `sizes` bytes, the rest in the last one; gives the last index."""
-        base = TX_DATA + self.tail * 0x4000 % 0x10_0000
+        if self._free + len(data) > RX_DATA:
+            self._free = TX_DATA
+        base, self._free = self._free, self._free + len(data)
         self.memory[base : base + len(data)] = data
         place = 0
         for size in sizes:

@@ -48,6 +48,21 @@ class Eecd:
     PRES = 1 << 8
 
 
+class Eerd:
+    """EEPROM read."""
+
+    START = 1 << 0
+    DONE = 1 << 4
+    ADDRESS_SHIFT = 8
+    DATA_SHIFT = 16
+
+
+class CtrlExt:
+    """Extended device control."""
+
+    EE_RST = 1 << 13
+
+
 class Mdic:
     """MDI control."""
 
@@ -123,8 +138,8 @@ class Rxcsum:
 
 
 RAH_AV = 1 << 31
-RDTR_FPD = 1 << 31
-TIDV_FPD = 1 << 31
+FPD = 1 << 31
+"""Flush partial descriptor block, of RDTR and TIDV: ends a delay."""
 XON_ENABLE = 1 << 31
 
 LOOPBACK_NONE, LOOPBACK_MAC, LOOPBACK_TRANSCEIVER = 0, 1 << 6, 3 << 6

@@ -1,42 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The Intel 82540EM (8086:100e): the parts put together, and the registers connected to them.
+"""The Intel 82540EM (8086:100e) as a device model: its regions, and the registers that do something.
 
 Source: Intel, "PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's Manual".
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from vfio_user.device_models.device import Host
-from vfio_user.device_models.e1000 import eeprom, phy
+from vfio_user.device_models.e1000 import phy
 from vfio_user.device_models.e1000 import registers as rows
-from vfio_user.device_models.e1000.bits import (
-    LOOPBACK_MAC,
-    LOOPBACK_TRANSCEIVER,
-    RAH_AV,
-    RDTR_FPD,
-    TIDV_FPD,
-    Cause,
-    Ctrl,
-    Mdic,
-    Rctl,
-    Status,
-    Tctl,
-)
-from vfio_user.device_models.e1000.flow_control import FlowControl
-from vfio_user.device_models.e1000.interrupts import Causes
-from vfio_user.device_models.e1000.options import DEFAULT_MAC, OPTIONS, parse_mac
-from vfio_user.device_models.e1000.receive import Receiver
-from vfio_user.device_models.e1000.statistics import STATISTICS, Statistics
-from vfio_user.device_models.e1000.transmit import Transmitter
-from vfio_user.device_models.net import NetBackend, NetDevice, Offload, WireSize
+from vfio_user.device_models.e1000.bits import FPD, Cause, Ctrl, CtrlExt, Eerd, Mdic, Rctl, Tctl
+from vfio_user.device_models.e1000.mac import Mac
+from vfio_user.device_models.e1000.options import OPTIONS, Settings
+from vfio_user.device_models.e1000.statistics import STATISTICS
+from vfio_user.device_models.net import NetBackend, NetDevice
 from vfio_user.device_models.pci import Bar, Identity, power_management
 from vfio_user.device_models.pci_device import PciDevice
-from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.registers import ReadHook, RegisterFile, WriteHook
-from vfio_user.device_models.segmentation import segment, wire_size
 
-EERD_START, EERD_DONE = 1 << 0, 1 << 4
-EE_RST = 1 << 13
 REGISTERS = (
     *rows.CONTROL,
     *rows.INTERRUPT,
@@ -46,6 +28,7 @@ REGISTERS = (
     *STATISTICS,
 )
 _FILTER_ROWS = ("RAL", "RAH", "MTA", "FCAL", "FCAH")
+_PACKET_BUFFER = 64  # KiB, for both directions
 
 
 class E1000(NetDevice, PciDevice):
@@ -61,41 +44,58 @@ class E1000(NetDevice, PciDevice):
         subsystem_id=0x001E,
     )
 
-    def __init__(
-        self,
-        host: Host,
-        port: NetBackend,
-        *,
-        mac: bytes = parse_mac(DEFAULT_MAC),
-        itr: int = 0,
-        verify: bool = False,
-        fcs: bool = False,
-    ) -> None:
-        """The keyword arguments are the parsed values of `options`."""
+    def __init__(self, host: Host, port: NetBackend, **options: Any) -> None:
+        """`options` are the fields of `Settings`."""
         self.registers = RegisterFile(rows.MAC_SIZE, REGISTERS)
         self.window = RegisterFile(rows.IO_SIZE, rows.IO_WINDOW)
         bars = {0: Bar(self.registers), 2: Bar(self.window, io=True)}
         super().__init__(host, bars, capabilities=(power_management(),))
         self.port = port
-        self.statistics = Statistics(self.registers)
-        self.causes = Causes(host, self.interrupts, self.registers, itr)
-        parts = host, port, self.registers
-        self.receiver = Receiver(*parts, self.causes, self.statistics, always_verify=verify, real_fcs=fcs)
-        self.transmitter = Transmitter(host, self.registers, self.causes, self.statistics, self._send)
-        self.flow = FlowControl(*parts, self.statistics, self.receiver)
-        self.eeprom = eeprom.Eeprom(eeprom.make_content(mac))
-        self.phy = phy.Phy(host, port.link_up, self._path_changed)
-        self.link = False
-        """What STATUS.LU says."""
-        self.loopback = False
-        self.receiver.on_room = self._room
-        self.flow.on_change = self._path_changed
+        self.mac = Mac(host, port, self.registers, self.interrupts, Settings(**options))
         self._connect()
         self.reset_state()
         port.attach(self)
 
+    # From the port: see net.Receiver
+
+    def receive(self, frame: bytes) -> bool:
+        return self.mac.receiver.receive(frame)
+
+    def link_changed(self, up: bool) -> None:
+        self.mac.phy.plug(up)
+
+    # From the host: see device.Device
+
+    def reset_state(self) -> None:
+        self.window.reset()
+        self.mac.phy.reset()
+        self.mac.reset()
+
+    def _config_changed(self) -> None:
+        super()._config_changed()
+        if self.host.dma.enabled:
+            self.mac.receiver.wake()
+            self.mac.transmitter.wake()
+
+    def counters(self) -> Mapping[str, int]:
+        """What became of the frames beyond what the port counts.
+
+        `received_filtered`: not for this station. `received_dropped`: the receiver was off, there was no
+        link, a buffer could not be written, or the frame was too long. `received_missed`: no room.
+        """
+        receiver, transmitter = self.mac.receiver, self.mac.transmitter
+        return {
+            "received_filtered": receiver.filtered,
+            "received_dropped": receiver.dropped,
+            "received_missed": receiver.missed,
+            "transmitted_malformed": transmitter.malformed,
+            "dma_errors": receiver.dma_errors + transmitter.dma_errors,
+            "interrupts": self.mac.causes.fired,
+        }
+
+    # Registers with side effects
+
     def _connect(self) -> None:
-        """Give the registers with side effects their hooks."""
         for name, read in self._read_hooks().items():
             for cell in self.registers.array(name):
                 cell.on_read = read
@@ -106,84 +106,76 @@ class E1000(NetDevice, PciDevice):
         data.on_read, data.on_write = self._read_window, self._write_window
 
     def _read_hooks(self) -> dict[str, ReadHook]:
-        causes = self.causes
+        control, eeprom = self.registers.cell("CTRL"), self.mac.eeprom
         return {
-            "CTRL_DUP": lambda _: self.registers.cell("CTRL").value,
-            "EECD": lambda _: self.eeprom.read_pins(),
-            "ICR": causes.read_icr,
-            "ICS": causes.read_ics,
-            **self.statistics.read_hooks(),
+            "CTRL_DUP": lambda _: control.value,
+            "EECD": lambda _: eeprom.read_pins(),
+            "ICR": self.mac.causes.read_icr,
+            "ICS": self.mac.causes.read_ics,
+            **self.mac.statistics.read_hooks(),
         }
 
     def _write_hooks(self) -> dict[str, WriteHook]:
-        causes = self.causes
+        mac = self.mac
         hooks: dict[str, WriteHook] = {
             "CTRL": self._write_ctrl,
             "CTRL_DUP": self._write_ctrl,
             "CTRL_EXT": self._write_ctrl_ext,
-            "EECD": lambda _, value: self.eeprom.write_pins(value),
+            "EECD": lambda _, value: mac.eeprom.write_pins(value),
             "EERD": self._write_eerd,
             "MDIC": self._write_mdic,
-            "FCRTH": self._write_fcrth,
-            "ICR": causes.write_icr,
-            "ICS": causes.write_ics,
-            "IMS": causes.write_ims,
-            "IMC": causes.write_imc,
-            "ITR": causes.write_itr,
+            "PBA": self._write_pba,
+            "ICR": mac.causes.write_icr,
+            "ICS": mac.causes.write_ics,
+            "IMS": mac.causes.write_ims,
+            "IMC": mac.causes.write_imc,
+            "ITR": mac.causes.write_itr,
             "RCTL": self._write_rctl,
             "RDT": self._write_rdt,
-            "RDTR": self._write_rdtr,
+            "RDTR": self._storing("RDTR", mac.receiver.delay.flush, only=FPD),
+            "FCRTH": self._storing("FCRTH", mac.flow.configure),
             "TCTL": self._write_tctl,
             "TDT": self._write_tdt,
-            "TIDV": self._write_tidv,
+            "TIDV": self._storing("TIDV", mac.transmitter.delay.flush, only=FPD),
         }
-        for name in _FILTER_ROWS:
-            hooks[name] = self._filter_hook(name)
+        hooks |= {name: self._storing(name, mac.receiver.filter.changed) for name in _FILTER_ROWS}
         for suffix in ("BAL", "BAH", "LEN", "H"):
-            hooks["RD" + suffix] = self._ring_hook("RD" + suffix, self.receiver.ring_moved)
-            hooks["TD" + suffix] = self._ring_hook("TD" + suffix, self.transmitter.ring_moved)
+            hooks["RD" + suffix] = self._storing("RD" + suffix, mac.receiver.ring_moved)
+            hooks["TD" + suffix] = self._storing("TD" + suffix, mac.transmitter.ring_moved)
         return hooks
 
-    def _filter_hook(self, name: str) -> WriteHook:
-        cells, changed = self.registers.array(name), self.receiver.filter.changed
+    def _storing(self, name: str, then: Callable[[], None], only: int = 0) -> WriteHook:
+        """A hook that stores, and calls `then` afterwards: always, or if a bit of `only` is written."""
+        cells = self.registers.array(name)
 
         def write(index: int, value: int) -> None:
             cells[index].store(value)
-            changed()
+            if not only or value & only:
+                then()
 
         return write
-
-    def _ring_hook(self, name: str, moved: Callable[[], None]) -> WriteHook:
-        cell = self.registers.cell(name)
-
-        def write(_index: int, value: int) -> None:
-            cell.store(value)
-            moved()
-
-        return write
-
-    # The MAC
 
     def _write_ctrl(self, _index: int, value: int) -> None:
         if value & Ctrl.RST:
-            self.reset_mac()
+            self.mac.reset()
         else:
             self.registers.cell("CTRL").store(value)
-            self.flow.configure()
+            self.mac.flow.configure()
         if value & Ctrl.PHY_RST:
-            self.phy.reset()
-        self._update_status()
+            self.mac.phy.reset()
+        self.mac.update_status()
 
     def _write_ctrl_ext(self, _index: int, value: int) -> None:
-        self.registers.cell("CTRL_EXT").store(value & ~EE_RST)
-        if value & EE_RST:
-            self._load_address()
+        self.registers.cell("CTRL_EXT").store(value)
+        if value & CtrlExt.EE_RST:
+            self.mac.load_address()
 
     def _write_eerd(self, _index: int, value: int) -> None:
-        if value & EERD_START:
-            address = value >> 8 & 0xFF
-            word = self.eeprom.read_word(address)
-            self.registers.cell("EERD").value = word << 16 | address << 8 | EERD_DONE
+        if value & Eerd.START:
+            address = value >> Eerd.ADDRESS_SHIFT & 0xFF
+            word = self.mac.eeprom.read_word(address)
+            result = word << Eerd.DATA_SHIFT | address << Eerd.ADDRESS_SHIFT | Eerd.DONE
+            self.registers.cell("EERD").value = result
 
     def _write_mdic(self, _index: int, value: int) -> None:
         number, operation = value >> Mdic.REGISTER_SHIFT & 31, value & (Mdic.WRITE | Mdic.READ)
@@ -191,16 +183,43 @@ class E1000(NetDevice, PciDevice):
         if value >> Mdic.PHY_SHIFT & 31 != phy.ADDRESS or operation not in (Mdic.WRITE, Mdic.READ):
             result |= Mdic.ERROR
         elif operation == Mdic.READ:
-            result = result & ~Mdic.DATA | self.phy.read(number)
+            result = result & ~Mdic.DATA | self.mac.phy.read(number)
         else:
-            self.phy.write(number, value & Mdic.DATA)
+            self.mac.phy.write(number, value & Mdic.DATA)
         self.registers.cell("MDIC").value = result | Mdic.READY
         if value & Mdic.INTERRUPT:
-            self.causes.set(Cause.MDAC)
+            self.mac.causes.set(Cause.MDAC)
 
-    def _write_fcrth(self, _index: int, value: int) -> None:
-        self.registers.cell("FCRTH").store(value)
-        self.flow.configure()
+    def _write_pba(self, _index: int, value: int) -> None:
+        """The guest says what receive gets; transmit gets the rest."""
+        receive = min(value & 0x7F, _PACKET_BUFFER)
+        self.registers.cell("PBA").value = _PACKET_BUFFER - receive << 16 | receive
+
+    def _write_rctl(self, _index: int, value: int) -> None:
+        cell, receiver = self.registers.cell("RCTL"), self.mac.receiver
+        stops = cell.value & ~value & Rctl.EN
+        cell.store(value)
+        receiver.filter.changed()
+        if stops:
+            receiver.discard()
+        self.mac.path_changed()
+        receiver.wake()
+
+    def _write_rdt(self, _index: int, value: int) -> None:
+        receiver = self.mac.receiver
+        receiver.ring.tail.store(value)
+        receiver.wake()
+
+    def _write_tctl(self, _index: int, value: int) -> None:
+        self.registers.cell("TCTL").store(value)
+        if value & Tctl.SWXOFF:
+            self.mac.flow.send(self.registers.cell("FCTTV").value)
+        self.mac.transmitter.wake()
+
+    def _write_tdt(self, _index: int, value: int) -> None:
+        transmitter = self.mac.transmitter
+        transmitter.ring.tail.store(value)
+        transmitter.wake()
 
     def _read_window(self, _index: int) -> int:
         offset = self.window.cell("IOADDR").value
@@ -212,131 +231,3 @@ class E1000(NetDevice, PciDevice):
         offset = self.window.cell("IOADDR").value
         if offset <= rows.MAC_SIZE - 4:
             self.registers.write(offset, value.to_bytes(4, "little"))
-
-    # Rings
-
-    def _write_rctl(self, _index: int, value: int) -> None:
-        cell = self.registers.cell("RCTL")
-        stops = cell.value & ~value & Rctl.EN
-        cell.store(value)
-        self.receiver.filter.changed()
-        if stops:
-            self.receiver.discard()
-        self._path_changed()
-        self.receiver.wake()
-
-    def _write_rdt(self, _index: int, value: int) -> None:
-        self.receiver.ring.tail.store(value)
-        self.receiver.wake()
-
-    def _write_rdtr(self, _index: int, value: int) -> None:
-        self.registers.cell("RDTR").store(value)
-        if value & RDTR_FPD:
-            self.receiver.delay.flush()
-
-    def _write_tctl(self, _index: int, value: int) -> None:
-        self.registers.cell("TCTL").store(value)
-        if value & Tctl.SWXOFF:
-            self.flow.send(self.registers.cell("FCTTV").value)
-        self.transmitter.wake()
-
-    def _write_tdt(self, _index: int, value: int) -> None:
-        self.transmitter.ring.tail.store(value)
-        self.transmitter.wake()
-
-    def _write_tidv(self, _index: int, value: int) -> None:
-        self.registers.cell("TIDV").store(value)
-        if value & TIDV_FPD:
-            self.transmitter.delay.flush()
-
-    # The wire
-
-    def receive(self, frame: bytes) -> bool:
-        """From the port: see `net.Receiver`."""
-        return self.receiver.receive(frame)
-
-    def link_changed(self, up: bool) -> None:
-        """From the port: see `net.Receiver`."""
-        self.phy.plug(up)
-
-    def _send(self, pieces: list[Buffer], offload: Offload | None) -> WireSize | None:
-        if not self.loopback:
-            return self.port.send(pieces, offload)
-        receiver = self.receiver
-        if not receiver.has_room and receiver.ring.owned:
-            return None  # it will have room: descriptors are there
-        size = wire_size(pieces, offload)
-        for frame in segment(pieces, offload):
-            receiver.take(frame, looped=True)
-        return size
-
-    def _room(self) -> None:
-        self.flow.drained()
-        if self.loopback:
-            self.transmitter.wake()
-
-    def _path_changed(self) -> None:
-        """The link, the loopback or a pause may have changed: where frames go from now on."""
-        mode = self.registers.cell("RCTL").value & Rctl.LBM
-        self.loopback = self.phy.loopback or mode in (LOOPBACK_MAC, LOOPBACK_TRANSCEIVER)
-        changed, self.link = self.link != self.phy.link, self.phy.link
-        self.receiver.open = self.link and not self.loopback
-        self.transmitter.open = self.loopback or (self.link and not self.flow.paused)
-        self._update_status()
-        if changed:
-            self.causes.set(Cause.LSC)
-        self.transmitter.wake()
-
-    def _update_status(self) -> None:
-        control, link = self.registers.cell("CTRL").value, self.phy
-        speed = control >> Ctrl.SPEED_SHIFT & 3 if control & Ctrl.FRCSPD else link.speed
-        full_duplex = bool(control & Ctrl.FD) if control & Ctrl.FRCDPX else link.full_duplex
-        value = Status.MTXCKOK | speed << Status.SPEED_SHIFT | link.speed << Status.ASDV_SHIFT
-        value |= (Status.FD if full_duplex else 0) | (Status.LU if self.link else 0)
-        self.flow.speed = min(speed, 2)
-        self.registers.cell("STATUS").value = value | (Status.TXOFF if self.flow.paused else 0)
-
-    # Reset
-
-    def _config_changed(self) -> None:
-        super()._config_changed()
-        if self.host.dma.enabled:
-            self.receiver.wake()
-            self.transmitter.wake()
-
-    def reset_mac(self) -> None:
-        """CTRL.RST: everything but PCI configuration, EEPROM and PHY (13.4.1)."""
-        for key in ("transmit", "receive"):
-            self.host.cancel(key)
-        self.registers.reset()
-        self.statistics.clear_octets()
-        for part in (self.transmitter, self.receiver, self.flow, self.causes):
-            part.reset()
-        self.link = self.phy.link  # no cause: the link itself has not changed
-        self._load_address()
-        self._path_changed()
-
-    def _load_address(self) -> None:
-        """The station address, from the EEPROM."""
-        mac = self.eeprom.mac
-        self.registers.cell("RAL").value = int.from_bytes(mac[:4], "little")
-        self.registers.cell("RAH").value = int.from_bytes(mac[4:], "little") | RAH_AV
-        self.receiver.filter.changed()
-
-    def reset_state(self) -> None:
-        """Power-on."""
-        self.window.reset()
-        self.reset_mac()
-        self.phy.reset()
-
-    def counters(self) -> Mapping[str, int]:
-        """Frames and octets are on the port's side of the filters; octets are without FCS."""
-        receiver, transmitter = self.receiver, self.transmitter
-        return {
-            "received_filtered": receiver.filtered,
-            "received_dropped": receiver.dropped,
-            "received_missed": receiver.missed,
-            "transmitted_malformed": transmitter.malformed,
-            "dma_errors": receiver.dma_errors + transmitter.dma_errors,
-            "interrupts": self.causes.fired,
-        }

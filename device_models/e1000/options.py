@@ -2,6 +2,7 @@
 """What can be set about an e1000 (`--set NAME=VALUE`)."""
 
 import re
+from dataclasses import dataclass
 
 from vfio_user.device_models.device import Option
 
@@ -29,6 +30,19 @@ def parse_interval(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) > LONGEST_INTERVAL:
         raise ValueError(f'it is "guest" or microseconds from 0 to {LONGEST_INTERVAL}, not {text!r}')
     return int(text) * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The parsed options."""
+
+    mac: bytes = parse_mac(DEFAULT_MAC)
+    itr: int = 0
+    """The least time between interrupts in nanoseconds, whatever the guest asks for."""
+    verify: bool = False
+    """Verify the checksums of all received frames for which the guest wants it."""
+    fcs: bool = False
+    """Give received frames their real frame check sequence."""
 
 
 def _parse_choice(text: str, no: str, yes: str) -> bool:

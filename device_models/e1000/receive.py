@@ -11,6 +11,7 @@ from vfio_user.device_models.e1000.bits import Cause, Ctrl, Rctl, Rxcsum
 from vfio_user.device_models.e1000.descriptors import ADDRESS, DD, EOP, IXSM, PIF, RECEIVE, SIZE, VP
 from vfio_user.device_models.e1000.filters import ACCEPTED, FLOW_CONTROL, INEXACT, AddressFilter
 from vfio_user.device_models.e1000.interrupts import Causes, DelayedCause
+from vfio_user.device_models.e1000.options import Settings
 from vfio_user.device_models.e1000.ring import Ring
 from vfio_user.device_models.e1000.statistics import FCS, Statistics
 from vfio_user.device_models.net import NetBackend
@@ -41,16 +42,14 @@ class Receiver:
         file: RegisterFile,
         causes: Causes,
         statistics: Statistics,
-        *,
-        always_verify: bool = False,
-        real_fcs: bool = False,
+        settings: Settings,
     ) -> None:
         self._host = host
         self._port = port
         self._causes = causes
         self._statistics = statistics
         self._counts = statistics.received
-        self._always_verify, self._real_fcs = always_verify, real_fcs
+        self._always_verify, self._real_fcs = settings.verify, settings.fcs
         self._rctl, self._ctrl, self._vet = file.cell("RCTL"), file.cell("CTRL"), file.cell("VET")
         self._rxcsum, self._small = file.cell("RXCSUM"), file.cell("RSRPD")
         self._no_buffers = file.cell("RNBC")
@@ -72,6 +71,7 @@ class Receiver:
         self.open = False
         """Whether frames reach the MAC: there is a link, and no loopback."""
         self._limit = BATCH
+        self._under_way = 0
         self.filtered = self.dropped = self.missed = self.dma_errors = 0
 
     @property
@@ -157,10 +157,10 @@ class Receiver:
         self.discard()
 
     def discard(self) -> None:
-        """Forget the frames in the packet buffer."""
-        self.dropped += len(self.fifo)
-        self.fifo.clear()
-        self.fifo_bytes = 0
+        """Forget the frames in the packet buffer, but those that are on their way into guest memory."""
+        while len(self.fifo) > self._under_way:
+            self.fifo_bytes -= len(self.fifo.pop()[0]) + FCS
+            self.dropped += 1
         self._limit = BATCH
         self._tell_room()
 
@@ -183,8 +183,9 @@ class Receiver:
     async def _batch(self, dma: Dma) -> bool:
         """Move a bounded number of frames; tell whether to go on.
 
-        Until the write has returned, frames stay in the packet buffer and the head stays where it is: a
-        batch that was cut is done again, into the same descriptors.
+        Until the writes have returned, frames stay in the packet buffer and the head stays where it is: a
+        batch that was cut is done again, into the same descriptors. Data and descriptors are two writes:
+        were they one, a buffer that fails would not keep its descriptor from being marked as done.
         """
         ring = self.ring
         if not self.fifo or not self.enabled or not ring.owned:
@@ -192,14 +193,20 @@ class Receiver:
         generation, wanted = ring.generation, max(self._limit, self._needed(len(self.fifo[0][0])))
         try:
             descriptors = await ring.read(dma, wanted)
-            if ring.generation != generation:
-                return True
-            frames, used, segments = self._fill(descriptors)
+            if ring.generation != generation or not self.fifo:
+                return bool(self.fifo)
+            frames, used, segments, done = self._fill(descriptors)
             if not frames:
                 return self._give_up_on_first()
+            self._under_way = frames
             await dma.write_many(segments)
+            if ring.generation == generation:
+                await dma.write_many(ring.write_back(done, used))
         except DmaError:
-            return self._failed()
+            self.dma_errors += 1
+            return ring.generation != generation or self._failed()
+        finally:
+            self._under_way = 0
         if ring.generation == generation:
             self._commit(frames, used)
         return True
@@ -214,8 +221,8 @@ class Receiver:
         extended = self._rctl.value & Rctl.BSEX and choice
         return _BUFFER_SIZES[choice] << 4 if extended else _BUFFER_SIZES[choice]
 
-    def _fill(self, descriptors: Buffer) -> tuple[int, int, list[tuple[int, Buffer]]]:
-        """Match waiting frames with descriptors: how many of each, and what is to be written.
+    def _fill(self, descriptors: Buffer) -> tuple[int, int, list[tuple[int, Buffer]], bytearray]:
+        """Match waiting frames with descriptors: how many of each, the data, the descriptors when done.
 
         The loop over frames is the hot path of receiving (1 to 2 us each), hence one long function.
         """
@@ -261,8 +268,7 @@ class Receiver:
                     break
                 used = end
             frames += 1
-        segments += self.ring.write_back(done, used)
-        return frames, used, segments
+        return frames, used, segments, done
 
     def _network_start(self, frame: bytes) -> int:
         """Where the network header begins: behind a tag that was left in."""
@@ -305,8 +311,7 @@ class Receiver:
 
     def _failed(self) -> bool:
         """A descriptor or buffer cannot be reached: find the frame it hits, and lose that one only."""
-        self.dma_errors += 1
-        if not self._host.dma.enabled or not self.fifo:
+        if not self._host.dma.enabled:
             return False
         if self._limit > 1:
             self._limit = 1

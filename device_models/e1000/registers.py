@@ -62,7 +62,7 @@ CONTROL = (
     Register(
         "EERD", 0x0014, fields=_flags("START@0", "DONE@4", "ADDR@8+8", "DATA@16+16"), text="EEPROM read"
     ),
-    Register("CTRL_EXT", 0x0018, writable=0x00C0_FFFF, text="extended device control"),
+    Register("CTRL_EXT", 0x0018, writable=0x00C0_DFFF, text="extended device control"),
     Register("FLA", 0x001C, writable=0x0000_000F, text="flash access; there is no flash"),
     Register(
         *("MDIC", 0x0020),

@@ -44,22 +44,24 @@ class Transmitter:
         """Set up by the last context descriptor that the head has passed."""
         self.owed: list[int] = []
         """Guest addresses of the descriptors that are done and still to be marked so."""
-        self.owed_at_once = self.owed_delayed = False
-        """Whether an interrupt is owed with them, and of which kind."""
+        self.owed_delayed = False
+        """Whether the delayed interrupt is owed with them."""
+        self.owed_causes = 0
+        """Causes that are owed with them."""
         self._wanted = BATCH
         self._single = False
         self.malformed = self.dma_errors = 0
 
     def wake(self) -> None:
         """There may be something to do: the tail, the link or the enable bit has changed."""
-        if self._tctl.value & Tctl.EN and self.open:
+        if self._tctl.value & Tctl.EN and self.open and (self.ring.owned or self.owed):
             self._host.start("transmit", self.work)
 
     def ring_moved(self) -> None:
         """The guest has written the ring's base, length or head: what was read or owed is void."""
         self.ring.generation += 1
         self.owed.clear()
-        self.owed_at_once = self.owed_delayed = False
+        self.owed_delayed, self.owed_causes = False, 0
         self._wanted, self._single = BATCH, False
 
     def reset(self) -> None:
@@ -122,12 +124,14 @@ class Transmitter:
             if step < steps:
                 self.owed.append(self.ring.address(step) + STATUS_OFFSET)
                 self.owed_delayed |= delayed
-                self.owed_at_once |= not delayed
+                self.owed_causes |= 0 if delayed else Cause.TXDW
         before = self.ring.owned
         self.ring.advance(steps)
         low = 8 * (self._txdctl.value >> 25)
         if low and self.ring.owned <= low < before:
-            self._causes.set(Cause.TXD_LOW)
+            self.owed_causes |= Cause.TXD_LOW
+        if steps and not self.ring.owned:
+            self.owed_causes |= Cause.TXQE
 
     def _send_packet(self, packet: Packet, pieces: list[Buffer]) -> bool:
         """Send one packet; False: it has to wait. A malformed one is counted and gone."""
@@ -181,11 +185,10 @@ class Transmitter:
             if self.ring.generation != generation:
                 return
             self.owed.clear()
-        at_once, delayed = self.owed_at_once, self.owed_delayed
-        self.owed_at_once = self.owed_delayed = False
-        if delayed and not at_once:
+        causes, delayed = self.owed_causes, self.owed_delayed
+        self.owed_causes, self.owed_delayed = 0, False
+        if delayed and not causes & Cause.TXDW:
             self.delay.event()
-        causes = (Cause.TXDW if at_once else 0) | (0 if self.ring.owned else Cause.TXQE)
         if causes:
             self._causes.set(causes)
 
@@ -211,12 +214,13 @@ class Transmitter:
             self._single = True
             return True
         self._single = False
+        generation = self.ring.generation
         try:
             descriptors = bytes(await self.ring.read(dma, self._wanted))
         except DmaError:
             return False
         parsed = parse(descriptors, self.context, 1)
-        if parsed.used:
+        if parsed.used and self.ring.generation == generation:
             self.context = parsed.context
             self._passed(parsed, parsed.used)
             await self._settle(dma)

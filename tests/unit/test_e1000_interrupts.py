@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Causes, masks, throttling and delays; test 3 of `ethtool -t` with a handler as the driver has it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vfio_user.device_models.e1000.bench import DATA, IDE, IFCS, RS, Bench
+from vfio_user.device_models.e1000.bits import Cause
+
+MILLISECOND = 1_000_000
+FRAME = b"\xff" * 60
+
+
+class Line:
+    """The guest's handler on the INTx line: reads ICR as long as the line is high."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.seen = 0
+        self.calls = 0
+
+    def sleep(self, nanoseconds: int) -> None:
+        for _ in range(10):
+            while self.bench.host.irq_level:
+                self.calls += 1
+                self.seen |= self.bench.read("ICR")
+            self.bench.advance(nanoseconds // 10)
+
+
+@pytest.mark.parametrize("options", [{}, {"itr": 1 * MILLISECOND}, {"itr": 5 * MILLISECOND}])
+def test_the_drivers_interrupt_test_on_an_unshared_line(options: dict[str, Any]) -> None:
+    bench = Bench(**options)
+    bench.link_up()
+    bench.read("ICR")
+    line = Line(bench)
+    bench.write("IMC", 0xFFFFFFFF)
+    line.sleep(10 * MILLISECOND)
+    for bit in range(10):
+        mask = 1 << bit
+        line.seen = 0
+        bench.write("IMC", mask)
+        bench.write("ICS", mask)
+        line.sleep(10 * MILLISECOND)
+        assert not line.seen & mask, "fired though masked"
+        line.seen = 0
+        bench.write("IMS", mask)
+        bench.write("ICS", mask)
+        line.sleep(10 * MILLISECOND)
+        assert line.seen & mask, "did not fire"
+        line.seen = 0
+        bench.write("IMC", ~mask & 0x7FFF)
+        bench.write("ICS", ~mask & 0x7FFF)
+        line.sleep(10 * MILLISECOND)
+        assert line.seen == 0, "another fired"
+        assert bench.read("ICS") == ~mask & 0x7FFF
+
+
+def test_mask_registers() -> None:
+    bench = Bench()
+    bench.write("IMS", 0x55)
+    bench.write("IMS", 0x0A)
+    assert bench.read("IMS") == 0x5F
+    bench.write("IMC", 0x0F)
+    assert bench.read("IMS") == 0x50
+    bench.write("IMS", 0xFFFFFFFF)
+    assert bench.read("IMS") == Cause.ALL
+
+
+def test_reading_icr_clears_it_and_lowers_the_line() -> None:
+    bench = Bench()
+    bench.write("IMS", Cause.LSC)
+    bench.write("ICS", Cause.LSC | Cause.TXDW)
+    assert bench.host.irq_level
+    assert bench.read("ICR") == Cause.LSC | Cause.TXDW
+    assert bench.read("ICR") == 0
+    assert not bench.host.irq_level
+
+
+def test_writing_icr_acknowledges_and_masking_lowers_the_line() -> None:
+    bench = Bench()
+    bench.write("IMS", Cause.LSC | Cause.TXDW)
+    bench.write("ICS", Cause.LSC | Cause.TXDW)
+    bench.write("ICR", Cause.LSC)
+    assert (bench.read("ICS"), bench.host.irq_level) == (Cause.TXDW, True)
+    bench.write("IMC", Cause.TXDW)
+    assert not bench.host.irq_level
+    bench.write("IMS", Cause.TXDW)
+    assert bench.host.irq_level
+
+
+def rise_after(bench: Bench, limit: int) -> int:
+    """How long it takes until the line rises, in nanoseconds."""
+    begin = bench.host.now
+    while not bench.host.irq_level and bench.host.now < begin + limit:
+        deadline = bench.host.timers.next_deadline()
+        bench.advance(limit if deadline is None else deadline - bench.host.now)
+    return bench.host.now - begin
+
+
+def cause_again(bench: Bench) -> None:
+    bench.read("ICR")
+    bench.write("ICS", Cause.TXDW)
+
+
+def test_itr_spaces_interrupts() -> None:
+    bench = Bench()
+    bench.write("ITR", 1000)  # 256 us
+    bench.write("IMS", Cause.TXDW)
+    bench.write("ICS", Cause.TXDW)
+    assert bench.host.irq_level
+    cause_again(bench)
+    assert not bench.host.irq_level
+    assert rise_after(bench, MILLISECOND) == 256_000
+    bench.read("ICR")
+    bench.advance(300_000)
+    bench.write("ICS", Cause.TXDW)
+    assert bench.host.irq_level
+    assert bench.device.counters()["interrupts"] == 3
+
+
+def test_a_floor_makes_the_guests_interval_longer_but_never_shorter() -> None:
+    for itr, expected in ((0, MILLISECOND), (1000, MILLISECOND), (8000, 2_048_000)):
+        bench = Bench(itr=MILLISECOND)
+        bench.write("ITR", itr)
+        bench.write("IMS", Cause.TXDW)
+        bench.write("ICS", Cause.TXDW)
+        cause_again(bench)
+        assert rise_after(bench, 10 * MILLISECOND) == expected
+
+
+def test_a_shorter_interval_holds_at_once() -> None:
+    bench = Bench()
+    bench.write("ITR", 0xFFFF)  # 16.8 ms
+    bench.write("IMS", Cause.TXDW)
+    bench.write("ICS", Cause.TXDW)
+    cause_again(bench)
+    bench.write("ITR", 100)
+    assert rise_after(bench, 20 * MILLISECOND) == 25_600
+    cause_again(bench)
+    bench.write("ITR", 0)
+    assert bench.host.irq_level
+
+
+def test_a_cause_that_goes_away_while_throttled_does_not_fire() -> None:
+    bench = Bench()
+    bench.write("ITR", 1000)
+    bench.write("IMS", Cause.TXDW)
+    bench.write("ICS", Cause.TXDW)
+    cause_again(bench)
+    bench.read("ICR")
+    bench.advance(MILLISECOND)
+    assert not bench.host.irq_level
+    assert bench.host.irq_rises == 1
+
+
+def receive_one(bench: Bench) -> None:
+    bench.deliver(FRAME)
+
+
+def send_one(bench: Bench) -> None:
+    bench.put_data(FRAME, command=IFCS | RS | IDE)
+    bench.ring_bell()
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize(
+    ("packet", "absolute", "cause", "act"),
+    [("RDTR", "RADV", Cause.RXT0, receive_one), ("TIDV", "TADV", Cause.TXDW, send_one)],
+)
+def test_delay_timers(
+    mapped: bool, packet: str, absolute: str, cause: int, act: Callable[[Bench], None]
+) -> None:
+    """The packet timer begins anew with each event, up to the end of the absolute timer."""
+    bench = Bench(mapped=mapped)
+    bench.start()
+    bench.write(packet, 10)
+    bench.write(absolute, 25)
+    act(bench)
+    bench.advance(10 * 1024 - 1)
+    assert not bench.read("ICR") & cause
+    bench.advance(1)
+    assert bench.read("ICR") & cause
+    for _ in range(3):
+        act(bench)
+        bench.advance(8 * 1024)
+        assert not bench.read("ICR") & cause
+    bench.advance(1024)
+    assert bench.read("ICR") & cause
+    bench.advance(MILLISECOND)
+    assert not bench.read("ICR") & cause
+
+
+def test_the_flush_bits_end_a_delay() -> None:
+    bench = Bench()
+    bench.start()
+    bench.write("RDTR", 1000)
+    bench.write("TIDV", 1000)
+    receive_one(bench)
+    send_one(bench)
+    assert not bench.read("ICR") & (Cause.RXT0 | Cause.TXDW)
+    bench.write("RDTR", 1000 | 1 << 31)
+    bench.write("TIDV", 1000 | 1 << 31)
+    assert bench.read("ICR") & (Cause.RXT0 | Cause.TXDW) == Cause.RXT0 | Cause.TXDW
+    bench.write("TIDV", 1000 | 1 << 31)
+    assert not bench.read("ICR")
+
+
+def test_transmit_causes() -> None:
+    bench = Bench()
+    bench.start()
+    bench.put_data(FRAME, command=IFCS)
+    bench.ring_bell()
+    assert bench.read("ICR") == Cause.TXQE
+    bench.put_data(FRAME, command=IFCS | RS)
+    bench.ring_bell()
+    assert bench.read("ICR") == Cause.TXDW | Cause.TXQE
+    bench.write("TIDV", 100)
+    bench.put_data(FRAME, command=DATA | IFCS | RS)  # not delayed without IDE
+    bench.ring_bell()
+    assert bench.read("ICR") & Cause.TXDW
+
+
+def test_the_low_threshold_of_the_transmit_ring() -> None:
+    bench = Bench()
+    bench.start(tctl=0)
+    bench.write("TXDCTL", 1 << 25)
+    bench.write("TCTL", 0)
+    for _ in range(20):
+        bench.put_data(FRAME, command=IFCS)
+    bench.ring_bell()
+    bench.write("TCTL", 2)
+    bench.run()
+    assert bench.read("ICR") & Cause.TXD_LOW
+
+
+def test_interrupts_stay_pending_over_a_stop_of_the_device() -> None:
+    bench = Bench()
+    bench.write("ITR", 1000)
+    bench.write("IMS", Cause.TXDW)
+    bench.write("ICS", Cause.TXDW)
+    cause_again(bench)
+    bench.host.stop()
+    bench.advance(10 * MILLISECOND)
+    assert not bench.host.irq_level
+    bench.host.resume()
+    assert rise_after(bench, MILLISECOND) == 256_000
