@@ -132,6 +132,7 @@ class RegisterFile(Region):
         cells = sorted((cell for array in self._arrays.values() for cell in array), key=lambda c: c.offset)
         self._by_offset = {cell.offset: cell for cell in cells}
         self._cells, self._offsets = cells, [cell.offset for cell in cells]
+        self._first = self._offsets[0] if cells else size
         self._check_places()
 
     def _add(self, row: Register, on_read: ReadHook | None, on_write: WriteHook | None) -> None:
@@ -167,7 +168,10 @@ class RegisterFile(Region):
         cell = self._by_offset.get(offset)
         if cell is not None and cell.width == count:  # the way of nearly every driver
             return cell.read().to_bytes(count, "little")
-        result = bytearray(count if self._background is None else self._background.read(offset, count))
+        background = self._background
+        if background is not None and offset + count <= self._first:
+            return background.read(offset, count)
+        result = bytearray(count if background is None else background.read(offset, count))
         for cell in self.touched(offset, count):
             data = cell.read().to_bytes(cell.width, "little")
             start, end = max(cell.offset, offset), min(cell.offset + cell.width, offset + count)

@@ -46,6 +46,11 @@ class Timers:
         self._heap: list[tuple[int, int, Timer]] = []
         self._order = count()  # timers with equal deadlines fire in the order in which they were set
 
+    @property
+    def pending(self) -> bool:
+        """Whether there may be anything to do for `run_due`: cheap, for loops."""
+        return bool(self._heap)
+
     def clock(self) -> int:
         """Device time in nanoseconds."""
         return self._now() - self._offset if self._frozen_at is None else self._frozen_at

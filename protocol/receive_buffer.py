@@ -26,22 +26,29 @@ class ReceiveBuffer:
         self.end = 0
         self.position = 0
         self._room: memoryview | None = None
+        self._room_start = 0
         self._lent = False
 
     def get_room(self, message_size: int, room: int) -> memoryview:
         """Free space behind `end`: enough for the message under way, which has `message_size` bytes (0: not
         known), and at least `room` bytes. Valid until `commit` or the next `get_room`."""
-        self._release()
         unread = self.end - self.start
+        whole = self._room if not self._room_start else None
+        if not unread and not self._lent and whole is not None and room <= len(whole) >= message_size:
+            # The way of a server's loop: all has been parsed, and the view of the whole buffer still fits.
+            self.position += self.start
+            self.start = self.end = 0
+            return whole
+        self._release()
         wanted = max(message_size, unread + max(room, 1))
         free = len(self.buffer) - self.end
         if not unread or self.start + wanted > len(self.buffer) or (self.start and free < _LEAST_ROOM):
             self._recycle(unread, wanted)
         self._room = memoryview(self.buffer)[self.end :]
+        self._room_start = self.end
         return self._room
 
     def commit(self, nbytes: int) -> None:
-        self._release()
         if not 0 <= nbytes <= len(self.buffer) - self.end:
             raise ValueError(f"{nbytes} bytes cannot have been received")
         self.end += nbytes

@@ -61,6 +61,8 @@ class Session:
                 connection.start = serve_run(
                     self._tables, connection.buffer, connection.start, connection.end, self._out
                 )
+                if connection.start == connection.end:
+                    break
             event = connection.next_event()
             if event is None:
                 break
@@ -71,6 +73,9 @@ class Session:
         """Send the replies and requests that have gathered, as many at once as the kernel keeps whole."""
         out = self._out
         if not out:
+            return
+        if len(out) == 1:
+            self._send((out.pop(),), ())
             return
         self._out = []
         batch: list[bytes] = []

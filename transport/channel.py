@@ -114,6 +114,11 @@ class Channel:
         if self._queue:
             self._enqueue(b"".join(buffers), fds)
             return
+        if len(buffers) == 1 and not fds:  # the way of nearly every reply
+            sent = self._send_now(buffers, ())
+            if sent != len(buffers[0]):
+                self._enqueue(_rest(buffers, sent), ())
+            return
         if len(buffers) > _IOV_MAX:
             buffers = (b"".join(buffers),)
         sent = self._send_now(buffers, fds)

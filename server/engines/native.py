@@ -191,12 +191,15 @@ class NativeServer:
         """Do once all that can be done without waiting. Returns whether there was anything to do."""
         host = self.host
         busy = self.poller.poll()
-        host.timers.run_due()
-        self._timers.run_due()
+        if host.timers.pending:
+            host.timers.run_due()
+        if self._timers.pending:
+            self._timers.run_due()
         if host.tasks.ready:
             host.tasks.run_ready()
-            busy = True
-        if busy:
+            self._send_owed()
+            return True
+        if self._channel is not None and self._channel.pending:
             self._send_owed()
         return busy
 
