@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What is measured, against whom, and the marks to reach. One row for each line of the report."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Sense = Literal["most", "least", "none"]
+Verdict = Literal["moonshot", "met", "missed", ""]
+
+C = "C sample server"
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A ratio ours / peer. With sense `most` it may be at most `mark`, with `least` it must be that at least;
+    `none`: it is shown for what it is."""
+
+    key: str
+    text: str
+    unit: str
+    peer: str
+    sense: Sense = "none"
+    mark: float | None = None
+    moonshot: float | None = None
+
+    def verdict(self, ratio: float) -> Verdict:
+        """Which mark a ratio reaches."""
+        if self._reaches(ratio, self.moonshot):
+            return "moonshot"
+        if self.mark is None:
+            return ""
+        return "met" if self._reaches(ratio, self.mark) else "missed"
+
+    def _reaches(self, ratio: float, bound: float | None) -> bool:
+        if bound is None or self.sense == "none":
+            return False
+        return ratio <= bound if self.sense == "most" else ratio >= bound
+
+    def bound(self, value: float | None) -> str:
+        """A mark as the report shows it."""
+        sign = {"most": "≤", "least": "≥", "none": ""}[self.sense]
+        return "" if value is None else f"{sign} {value:g}"
+
+
+_ROWS = (
+    Measure("read.same.p50", "REGION_READ 8 bytes, one CPU, p50", "µs", C, "most", 1.6, 1.2),
+    Measure("read.same.p99", "REGION_READ 8 bytes, one CPU, p99", "µs", C),
+    Measure("read.split.p50", "REGION_READ 8 bytes, two CPUs, p50", "µs", C, "most", 0.5, 0.25),
+    Measure("read.split.p99", "REGION_READ 8 bytes, two CPUs, p99", "µs", C),
+    Measure("flight.same", "32 reads in flight, one CPU", "k/s", C, "least", 2.5, 4.0),
+    Measure("flight.split", "32 reads in flight, two CPUs", "k/s", C),
+)
+MEASURES: Mapping[str, Measure] = {row.key: row for row in _ROWS}

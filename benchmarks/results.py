@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Where the rounds put what they measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vfio_user.benchmarks.marks import MEASURES
+from vfio_user.benchmarks.statistics import Figure, Series
+
+
+@dataclass(slots=True)
+class Results:
+    """Series by the key of their measure, and what was left out with the reason."""
+
+    series: dict[str, Series] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def add(self, key: str, ours: float, theirs: float) -> None:
+        """One round's pair. KeyError for a measure that `marks.MEASURES` does not have."""
+        measure = MEASURES[key]
+        self.series.setdefault(measure.key, Series()).add(ours, theirs)
+
+    def figures(self) -> Mapping[str, Figure]:
+        return {key: series.figure() for key, series in self.series.items()}
