@@ -104,6 +104,8 @@ def command(
 def _maker(
     server: NativeServer, name: str, net: str, assignments: tuple[str, ...], stack: ExitStack
 ) -> Callable[[ServerHost], Device]:
+    if ":" in name:
+        sys.path.append(str(Path.cwd()))  # for the user's own module: a console script does not look there
     model = load_model(name)
     options = parse_options(model, assignments)
     backend: NetBackend | None = None
