@@ -60,7 +60,9 @@ LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
     show_default=True,
     help="DMA regions that a client may map at a time.",
 )
-@click.option("--stats", is_flag=True, help="Print the counters when a client leaves and at the end.")
+@click.option(
+    "--stats", is_flag=True, help="Print the counters when a client leaves, at SIGUSR1, and at the end."
+)
 @click.option("-v", "--verbose", count=True, help="Log what happens; twice: every refused request.")
 def command(
     model: str,
@@ -117,15 +119,19 @@ def _maker(
 
 
 async def _serve(server: NativeServer, where: Path | str, stats: bool) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    show = print_counters if stats else _print_nothing
+    server.client_left = lambda: show(server, f"client {server.clients_served} has left")
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_run, server, nursery.cancel_scope)
             print(f"listening on {where}", flush=True)
-            async for _ in signals:
-                nursery.cancel_scope.cancel()
-                break
-    if stats:
-        print_counters(server)
+            async for number in signals:
+                if number != signal.SIGUSR1:
+                    nursery.cancel_scope.cancel()
+                    break
+                show(server, "SIGUSR1")
+    server.client_left = None
+    show(server, "the end")
 
 
 async def _run(server: NativeServer, scope: trio.CancelScope) -> None:
@@ -133,8 +139,11 @@ async def _run(server: NativeServer, scope: trio.CancelScope) -> None:
     scope.cancel()  # an adopted connection has ended: there is nobody else to wait for
 
 
-def print_counters(server: NativeServer) -> None:
-    """One `name value` a line on standard output, the device's and the DMA's."""
-    for name, value in server.counters().items():
-        print(f"{name} {value}")
-    sys.stdout.flush()
+def print_counters(server: NativeServer, occasion: str) -> None:
+    """A title, one `name value` a line (the device's, its network's, the DMA's), and an empty line."""
+    lines = [f"# counters: {occasion}", *(f"{name} {value}" for name, value in server.counters().items()), ""]
+    print("\n".join(lines), flush=True)
+
+
+def _print_nothing(_server: NativeServer, _occasion: str) -> None:
+    """Without --stats."""

@@ -18,6 +18,7 @@ from types import TracebackType
 import trio
 
 from vfio_user.device_models.device import Device
+from vfio_user.device_models.net import NetDevice
 from vfio_user.device_models.timers import NANOSECONDS, Timer, Timers
 from vfio_user.protocol import capabilities
 from vfio_user.protocol.errors import VfioUserError
@@ -71,6 +72,8 @@ class NativeServer:
         self._channel: Channel | None = None
         self._session: Session | None = None
         self.clients_served = 0
+        self.client_left: Callable[[], None] | None = None
+        """Called when a client has left and what was its own is released."""
 
     def __enter__(self) -> "NativeServer":
         return self
@@ -98,9 +101,11 @@ class NativeServer:
         return self._timers.call_at(self._timers.clock() + nanoseconds, callback)
 
     def counters(self) -> Mapping[str, int]:
-        """The device's figures, the DMA's and ours, by name."""
+        """The device's figures, its network's (`net_...`), the DMA's and ours, by name."""
         device = {} if self.device is None else self.device.counters()
-        return {**device, **self.host.counters(), "clients_served": self.clients_served}
+        wire = self.device.port.counters() if isinstance(self.device, NetDevice) else {}
+        net = {f"net_{name}": value for name, value in wire.items()}
+        return {**device, **net, **self.host.counters(), "clients_served": self.clients_served}
 
     # Clients
 
@@ -141,6 +146,8 @@ class NativeServer:
         self._channel.close()
         self._channel = self._session = None
         logger.info("client %d left", self.clients_served)
+        if self.client_left is not None:
+            self.client_left()
         if self._listener is not None:
             self.poller.register(self._listener.socket.fileno(), self._accept)
 
