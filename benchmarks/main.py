@@ -6,8 +6,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,15 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from vfio_user.benchmarks import protocol_runs
 from vfio_user.benchmarks.processes import BenchmarkError
 from vfio_user.benchmarks.report import TABLE_WIDTH, as_json, table_of
 from vfio_user.benchmarks.results import Results
+from vfio_user.benchmarks.suites import SUITES, Suite
 from vfio_user.client.qemu.lab import Lab
 from vfio_user.client.qemu.paths import lab_root
 from vfio_user.client.qemu.shell import LabError
 
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """`run` takes (pair, number of the round, results)."""
-
-    rounds: int
-    quick_rounds: int
-    run: Callable[[protocol_runs.Pair, int, Results], None]
-
-
-PROTOCOL: Mapping[str, Bench] = {
-    "roundtrip": Bench(15, 5, protocol_runs.round_trip),
-}
-NAMES = (*PROTOCOL,)
+NAMES = (*SUITES,)
 
 
 @click.command()
@@ -48,14 +34,10 @@ def command(names: tuple[str, ...], rounds: int | None, quick: bool, json_path: 
     """Measure our server beside its peers in alternating rounds, and print the ratios and the marks."""
     # A pipe or a file has no width: the table takes what it needs.
     console, results = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH), Results()
-    chosen = names or NAMES
     lab = Lab(lab_root())
     with tempfile.TemporaryDirectory(prefix="vfio-user-bench-", dir="/tmp") as folder:
-        protocol = {name: bench for name, bench in PROTOCOL.items() if name in chosen}
-        try:
-            _run_protocol(protocol, lab, Path(folder), rounds, quick, console, results)
-        except (BenchmarkError, LabError) as error:
-            results.left_out.append(f"{', '.join(protocol)}: {error}")
+        for name in names or NAMES:
+            _run(name, SUITES[name], lab, Path(folder), rounds, quick, console, results)
     figures = results.figures()
     if figures:
         console.print(table_of(figures, "ratio = ours / peer, median of alternating rounds"))
@@ -67,8 +49,9 @@ def command(names: tuple[str, ...], rounds: int | None, quick: bool, json_path: 
     sys.exit(0 if figures else 1)
 
 
-def _run_protocol(
-    benches: Mapping[str, Bench],
+def _run(
+    name: str,
+    suite: Suite,
     lab: Lab,
     folder: Path,
     rounds: int | None,
@@ -76,11 +59,13 @@ def _run_protocol(
     console: Console,
     results: Results,
 ) -> None:
-    with protocol_runs.open_pair(lab, folder) as pair, Progress(console=console, transient=True) as progress:
-        for name, bench in benches.items():
-            count = rounds or (bench.quick_rounds if quick else bench.rounds)
-            for number in progress.track(range(count), description=name):
-                bench.run(pair, number, results)
+    count = rounds or (suite.quick_rounds if quick else suite.rounds)
+    try:
+        with suite.open(lab, folder) as one_round, Progress(console=console, transient=True) as progress:
+            for number in progress.track(range(count), description=suite.text):
+                one_round(number, results)
+    except (BenchmarkError, LabError) as error:
+        results.left_out.append(f"{name}: {error}")
 
 
 def machine() -> Mapping[str, Any]:

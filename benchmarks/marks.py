@@ -8,7 +8,9 @@ from typing import Literal
 Sense = Literal["most", "least", "none"]
 Verdict = Literal["moonshot", "met", "missed", ""]
 
-C = "C sample server"
+C = "libvfio-user's C sample server"
+LIBRARY = "a C server of libvfio-user with 1 MiB of memory"
+EMPTY = "ourselves with no region mapped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,5 +52,17 @@ _ROWS = (
     Measure("read.split.p99", "REGION_READ 8 bytes, two CPUs, p99", "µs", C),
     Measure("flight.same", "32 reads in flight, one CPU", "k/s", C, "least", 2.5, 4.0),
     Measure("flight.split", "32 reads in flight, two CPUs", "k/s", C),
+    Measure("posted.same", "posted REGION_WRITE, one CPU", "k/s", C),
+    Measure("posted.split", "posted REGION_WRITE, two CPUs", "k/s", C),
+    Measure("dma.same", "DMA_MAP + UNMAP of 1 MiB, one CPU, p50", "µs", C),
+    Measure("dma.split", "DMA_MAP + UNMAP of 1 MiB, two CPUs, p50", "µs", C),
+    Measure("dma15.same", "the same with 15 regions there, one CPU", "µs", C),
+    Measure("dma15.split", "the same with 15 regions there, two CPUs", "µs", C),
+    Measure("bulk64k.same", "REGION_READ 64 KiB, one CPU", "MB/s", LIBRARY),
+    Measure("bulk64k.split", "REGION_READ 64 KiB, two CPUs", "MB/s", LIBRARY),
+    Measure("bulk1m.same", "REGION_READ 1 MiB, one CPU", "MB/s", LIBRARY),
+    Measure("bulk1m.split", "REGION_READ 1 MiB, two CPUs", "MB/s", LIBRARY),
+    Measure("dma10k.same", "DMA_MAP + UNMAP at 10,000 regions, one CPU", "µs", EMPTY, "most", 1.15),
+    Measure("dma10k.split", "DMA_MAP + UNMAP at 10,000 regions, two CPUs", "µs", EMPTY, "most", 1.15),
 )
 MEASURES: Mapping[str, Measure] = {row.key: row for row in _ROWS}

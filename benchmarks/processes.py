@@ -51,6 +51,19 @@ class ServerProcess:
             time.sleep(0.01)
 
 
+def compiled(source: str, folder: Path, *flags: str) -> Path:
+    """A program of ours in C (`c/SOURCE.c`), compiled into `folder`. BenchmarkError when it cannot be."""
+    program = folder / source
+    words = ["gcc", "-O2", "-Wall", "-o", str(program), str(Path(__file__).parent / "c" / f"{source}.c")]
+    try:
+        subprocess.run([*words, *flags], check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise BenchmarkError("there is no gcc: apt-get install gcc libc6-dev") from None
+    except subprocess.CalledProcessError as error:
+        raise BenchmarkError(f"{source}.c does not compile: {error.stderr[-500:]}") from None
+    return program
+
+
 def our_server(*words: str) -> list[str]:
     """The command line of our own server on `{socket}`."""
     start = "from vfio_user.cli.main import main; main()"
@@ -83,3 +96,4 @@ def server_process(
         except subprocess.TimeoutExpired:
             popen.kill()
             popen.wait()
+        path.unlink(missing_ok=True)  # libvfio-user leaves it there when it is killed

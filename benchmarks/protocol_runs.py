@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vfio_user.benchmarks.processes import BenchmarkError, ServerProcess, our_server, server_process
+from vfio_user.benchmarks.processes import BenchmarkError, ServerProcess, compiled, our_server, server_process
 from vfio_user.benchmarks.results import Results
 from vfio_user.benchmarks.statistics import percentile
-from vfio_user.benchmarks.wire import Wire, read_latencies, reads_in_flight
+from vfio_user.benchmarks.wire import Wire, bulk_reads, posted_writes, read_latencies, reads_in_flight
 from vfio_user.client.qemu.lab import Lab
+from vfio_user.protocol.constants import PciRegion
 
 WARM_UP = 0.03
 """Seconds of reads before each measurement: a server that spins only while it is busy is then at it."""
@@ -36,20 +37,37 @@ class Pair:
     cpus: tuple[int, int]
 
 
+Entrant = tuple[str, Sequence[str]]
+"""Name and command line of a server."""
+
+
 @contextlib.contextmanager
-def open_pair(lab: Lab, folder: Path) -> Iterator[Pair]:
-    """Both servers at work for the whole run; the C sample ends with its first connection."""
+def open_pair(ours: Entrant, theirs: Entrant, folder: Path) -> Iterator[Pair]:
+    """Both servers at work for the whole run; those in C end with their first connection."""
     cpus = two_cpus()
     with contextlib.ExitStack() as stack:
-        sample = [str(lab.sample("server")), "{socket}"]
-        theirs = stack.enter_context(server_process("c-sample", sample, folder))
-        ours = stack.enter_context(server_process("scratch", our_server("scratch"), folder))
         peers = []
-        for process in (ours, theirs):
+        for name, words in (ours, theirs):
+            process = stack.enter_context(server_process(name, words, folder))
             sock = process.connect()
             stack.callback(sock.close)
             peers.append(Peer(process, Wire(sock)))
         yield Pair(peers[0], peers[1], cpus)
+
+
+def against_sample(lab: Lab, folder: Path) -> contextlib.AbstractContextManager[Pair]:
+    """Our `scratch` and libvfio-user's sample."""
+    sample = [str(lab.sample("server")), "{socket}"]
+    return open_pair(("scratch", our_server("scratch")), ("c-sample", sample), folder)
+
+
+def against_library(lab: Lab, folder: Path) -> contextlib.AbstractContextManager[Pair]:
+    """1 MiB of memory behind BAR1, with us and with libvfio-user."""
+    library = lab.libvfio_library.parent
+    flags = ("-I", str(lab.libvfio_source / "include"), "-L", str(library), "-lvfio-user")
+    program = compiled("bulk_server", folder, *flags, f"-Wl,-rpath,{library}")
+    ours = our_server("vfio_user.benchmarks.memory_device:Memory")
+    return open_pair(("memory", ours), ("c-memory", [str(program), "{socket}"]), folder)
 
 
 def two_cpus() -> tuple[int, int]:
@@ -79,7 +97,7 @@ def pinned(pair: Pair, together: bool) -> Iterator[None]:
 def warm_up(wire: Wire) -> None:
     end = time.monotonic() + WARM_UP
     while time.monotonic() < end:
-        read_latencies(wire, 100)
+        read_latencies(wire, 100, PciRegion.CONFIG, 4)
 
 
 Measured = Mapping[str, float]
@@ -96,20 +114,47 @@ def alternately(pair: Pair, number: int, measure: Callable[[Wire], Measured]) ->
     return results[pair.ours.process.name], results[pair.theirs.process.name]
 
 
+def in_both_modes(pair: Pair, number: int, results: Results, measure: Callable[[Wire], Measured]) -> None:
+    """One round on one CPU and on two; the keys that `measure` gives have {} for the mode."""
+    for mode, together in MODES.items():
+        with pinned(pair, together):
+            ours, theirs = alternately(pair, number, measure)
+        for key, value in ours.items():
+            results.add(key.format(mode), value, theirs[key])
+
+
 def _round_trip(wire: Wire) -> Measured:
     times = read_latencies(wire, 2000)
-    flight = reads_in_flight(wire, 200)
     return {
         "read.{}.p50": percentile(times, 50) / 1000,
         "read.{}.p99": percentile(times, 99) / 1000,
-        "flight.{}": flight / 1000,
+        "flight.{}": reads_in_flight(wire, 200) / 1000,
     }
 
 
 def round_trip(pair: Pair, number: int, results: Results) -> None:
-    """One round of single reads and of 32 in flight, on one CPU and on two."""
-    for mode, together in MODES.items():
-        with pinned(pair, together):
-            ours, theirs = alternately(pair, number, _round_trip)
-        for key, value in ours.items():
-            results.add(key.format(mode), value, theirs[key])
+    """Single reads and 32 in flight."""
+    in_both_modes(pair, number, results, _round_trip)
+
+
+def _bulk(wire: Wire) -> Measured:
+    bulk_reads(wire, 1 << 20, 4 << 20, region=1)
+    return {
+        "bulk64k.{}": bulk_reads(wire, 1 << 16, 24 << 20, region=1) / 1e6,
+        "bulk1m.{}": bulk_reads(wire, 1 << 20, 48 << 20, region=1) / 1e6,
+    }
+
+
+def bulk(pair: Pair, number: int, results: Results) -> None:
+    """Large reads."""
+    in_both_modes(pair, number, results, _bulk)
+
+
+def posted(pair: Pair, number: int, results: Results) -> None:
+    """Writes without a reply. The sample's BAR0 is a timer: there BAR1 is written."""
+    regions = {id(pair.ours.wire): 0, id(pair.theirs.wire): 1}
+
+    def measure(wire: Wire) -> Measured:
+        return {"posted.{}": posted_writes(wire, 150, regions[id(wire)]) / 1000}
+
+    in_both_modes(pair, number, results, measure)

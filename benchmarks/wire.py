@@ -110,5 +110,36 @@ def reads_in_flight(wire: Wire, batches: int, depth: int = 32, count: int = 8) -
     return batches * depth / elapsed * 1e9
 
 
+def posted_writes(wire: Wire, batches: int, region: int, depth: int = 64) -> float:
+    """Writes a second that ask for no reply, 8 bytes each; a read after each `depth` waits for them."""
+    data = bytes(range(8))
+    writes = [codec.pack_region_write(i, 0, region, data, no_reply=True) for i in range(300, 300 + depth)]
+    request = b"".join(writes) + codec.pack_region_read(99, 0, region, 8)
+    good = read_reply_head(99, 0, region, 8) + data
+    buffer, send, receive = bytearray(len(good)), wire.socket.sendall, wire.socket.recv_into
+    begun = time.perf_counter_ns()
+    for _ in range(batches):
+        send(request)
+        got = receive(buffer)
+        if got != len(good) or buffer != good:
+            _complete(wire, buffer, got, good)
+    return batches * depth / (time.perf_counter_ns() - begun) * 1e9
+
+
+def bulk_reads(wire: Wire, count: int, total: int, region: int) -> float:
+    """Bytes a second, in reads of `count` bytes one after the other until `total` bytes are there."""
+    request = codec.pack_region_read(98, 0, region, count)
+    head = read_reply_head(98, 0, region, count)
+    buffer = bytearray(len(head) + count)
+    send, receive, turns = wire.socket.send, wire.socket.recv_into, total // count
+    begun = time.perf_counter_ns()
+    for _ in range(turns):
+        send(request)
+        got = receive(buffer, 0, socket.MSG_WAITALL)
+        if got != len(buffer) or not buffer.startswith(head):
+            raise BenchmarkError(f"wrong reply: {got} bytes, {bytes(buffer[:32]).hex()}")
+    return turns * count / (time.perf_counter_ns() - begun) * 1e9
+
+
 def _closed() -> int:
     raise BenchmarkError("the server closed the connection")
