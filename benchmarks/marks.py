@@ -10,6 +10,7 @@ Verdict = Literal["moonshot", "met", "missed", ""]
 
 C = "libvfio-user's C sample server"
 LIBRARY = "a C server of libvfio-user with 1 MiB of memory"
+BUILT_IN = "QEMU's built-in e1000 in the same guest"
 EMPTY = "ourselves with no region mapped"
 
 
@@ -64,5 +65,20 @@ _ROWS = (
     Measure("bulk1m.split", "REGION_READ 1 MiB, two CPUs", "MB/s", LIBRARY),
     Measure("dma10k.same", "DMA_MAP + UNMAP at 10,000 regions, one CPU", "µs", EMPTY, "most", 1.15),
     Measure("dma10k.split", "DMA_MAP + UNMAP at 10,000 regions, two CPUs", "µs", EMPTY, "most", 1.15),
+    Measure("tcp.out", "guest TCP out, the guest's own ITR", "Mbit/s", BUILT_IN, "least", 1.5),
+    Measure("tcp.in", "guest TCP in, the guest's own ITR", "Mbit/s", BUILT_IN, "least", 1.1),
+    Measure("best.out", "guest TCP out, best policy", "Mbit/s", BUILT_IN, "least", 2.0, 3.5),
+    Measure("best.in", "guest TCP in, best policy", "Mbit/s", BUILT_IN, "least", 1.5, 2.2),
+    Measure("ping", "ping from the guest, p50", "µs", BUILT_IN, "most", 1.5, 1.1),
+    Measure("rr", "TCP request/response, p50", "µs", BUILT_IN, "most", 1.5, 1.1),
+    Measure("rr.p99", "TCP request/response, p99", "µs", BUILT_IN),
+    Measure("best.ping", "ping from the guest, best policy, p50", "µs", BUILT_IN),
+    Measure("best.rr", "TCP request/response, best policy, p50", "µs", BUILT_IN),
+    Measure("ipv6.out", "guest TCP out, IPv6", "Mbit/s", BUILT_IN),
+    Measure("ipv6.in", "guest TCP in, IPv6", "Mbit/s", BUILT_IN),
+    Measure("mss.out", "guest TCP out, segments of 777 bytes", "Mbit/s", BUILT_IN),
+    Measure("mss.in", "guest TCP in, segments of 777 bytes", "Mbit/s", BUILT_IN),
+    Measure("jumbo.out", "guest TCP out, MTU 9000", "Mbit/s", BUILT_IN),
+    Measure("jumbo.in", "guest TCP in, MTU 9000", "Mbit/s", BUILT_IN),
 )
 MEASURES: Mapping[str, Measure] = {row.key: row for row in _ROWS}

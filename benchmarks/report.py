@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from vfio_user.benchmarks.marks import MEASURES, Measure
+from vfio_user.benchmarks.results import Results
 from vfio_user.benchmarks.statistics import Figure
 
 TABLE_WIDTH = 110
@@ -55,19 +56,30 @@ def _present(figures: Mapping[str, Figure]) -> Iterable[Measure]:
     return (measure for key, measure in MEASURES.items() if key in figures)
 
 
-def as_json(figures: Mapping[str, Figure], machine: Mapping[str, Any], left_out: Iterable[str]) -> Any:
+def payload_lines(payloads: Mapping[str, bool]) -> Iterable[str]:
+    """Whether what was transferred arrived as it was sent."""
+    if not payloads:
+        return
+    wrong = [what for what, good in payloads.items() if not good]
+    yield f"payload: {len(payloads) - len(wrong)} of {len(payloads)} transfers with the right SHA-256"
+    for what in wrong:
+        yield f"payload DAMAGED: {what}"
+
+
+def as_json(results: Results, machine: Mapping[str, Any]) -> Any:
     """What a later run can be compared with: every figure with its mark and verdict."""
+    figures = results.figures()
     rows = {
         measure.key: {
-            "text": measure.text,
-            "unit": measure.unit,
-            "peer": measure.peer,
+            **asdict(measure),
             **asdict(figures[measure.key]),
-            "sense": measure.sense,
-            "mark": measure.mark,
-            "moonshot": measure.moonshot,
             "verdict": measure.verdict(figures[measure.key].ratio),
         }
         for measure in _present(figures)
     }
-    return {"machine": dict(machine), "figures": rows, "left_out": list(left_out)}
+    return {
+        "machine": dict(machine),
+        "figures": rows,
+        "payloads": results.payloads,
+        "left_out": results.left_out,
+    }

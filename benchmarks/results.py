@@ -14,6 +14,8 @@ class Results:
 
     series: dict[str, Series] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    payloads: dict[str, bool] = field(default_factory=dict)
+    """Transfers with their content checked, by what they were."""
 
     def add(self, key: str, ours: float, theirs: float) -> None:
         """One round's pair. KeyError for a measure that `marks.MEASURES` does not have."""
