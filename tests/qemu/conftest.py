@@ -9,7 +9,7 @@ how to get it.
 import contextlib
 import itertools
 import os
-import subprocess
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -20,10 +20,13 @@ import pytest
 from vfio_user.client.qemu.command import MachineOptions
 from vfio_user.client.qemu.lab import Lab, build_lab
 from vfio_user.client.qemu.machine import Machine, open_machine
+from vfio_user.client.qemu.namespace import Namespace, open_namespace
 from vfio_user.client.qemu.paths import lab_root
+from vfio_user.client.qemu.server_process import ServerProcess, open_server
 from vfio_user.client.qemu.shell import LabError
 
 GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]
+Serve = Callable[..., AbstractAsyncContextManager[ServerProcess]]
 _NUMBERS = itertools.count()
 
 
@@ -73,21 +76,48 @@ def libvfio_lab(any_lab: Lab) -> Lab:
 
 
 @pytest.fixture
-def netns() -> Iterator[str]:
-    """The name of a network namespace of our own with `lo` up; deleted afterwards."""
+def namespace() -> Iterator[Namespace]:
+    """A network namespace of our own with `lo` up; deleted afterwards."""
     if os.geteuid() != 0:
         missing("network namespaces need root")
-    name = f"vfio-user-{os.getpid()}-{next(_NUMBERS)}"
-    _ip("netns", "add", name)
-    try:
-        _ip("-netns", name, "link", "set", "lo", "up")
-        yield name
-    finally:
-        _ip("netns", "delete", name)
+    with open_namespace(f"vfio-user-{os.getpid()}-{next(_NUMBERS)}") as opened:
+        yield opened
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
+@pytest.fixture
+def netns(namespace: Namespace) -> str:
+    """The name of a network namespace of our own."""
+    return namespace.name
+
+
+@pytest.fixture
+def socket_folder() -> Iterator[Path]:
+    """A folder with a short path (a UNIX socket's has at most 107 bytes)."""
+    with tempfile.TemporaryDirectory(prefix="vfio-user-", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def serve(socket_folder: Path) -> Serve:
+    """`async with serve("e1000", "--net", "tap:t0", netns=..., name=...) as server:`
+
+    When the block is left, the server must end at SIGTERM with exit status 0 and without its socket file,
+    and must have had nothing to complain of.
+    """
+
+    @contextlib.asynccontextmanager
+    async def start(*words: str, netns: str = "", name: str = "server") -> AsyncIterator[ServerProcess]:
+        async with open_server(words, socket_folder, name, netns) as server:
+            try:
+                yield server
+            except BaseException:
+                print(f"{name} wrote:\n{server.log()[-4000:]}")
+                raise
+            assert await server.stop() == 0
+            assert not os.path.lexists(server.path)  # noqa: ASYNC240
+            assert server.trouble() == []
+
+    return start
 
 
 @pytest.fixture

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The guest's own e1000 driver on our device and a TAP, in all combinations of chipset and memory."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+
+from vfio_user.client.qemu.command import Chipset, MachineOptions, VfioUserDevice
+from vfio_user.client.qemu.machine import Machine
+from vfio_user.client.qemu.namespace import Namespace
+from vfio_user.client.qemu.server_process import ServerProcess
+from vfio_user.client.qemu.traffic import GUEST_FILES, Wire, bring_up, counts, ping, wait_carrier
+
+GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]
+Serve = Callable[..., AbstractAsyncContextManager[ServerProcess]]
+
+HOST, GUEST = "10.9.0.1", "10.9.0.2/24"
+HOST6, GUEST6 = "fd00:9::1", "fd00:9::2/64"
+COUNTS = counts()
+FCS = 4
+
+pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(1200)]
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "message"])
+@pytest.mark.parametrize("chipset", ["q35", "i440fx"])
+async def test_traffic(
+    guest_machine: GuestMachine, serve: Serve, namespace: Namespace, chipset: Chipset, mapped: bool
+) -> None:
+    namespace.add_tap("t0", f"{HOST}/24")
+    async with serve("e1000", "--net", "tap:t0", netns=namespace.name) as server:
+        devices = [VfioUserDevice(server.path)]
+        options = MachineOptions(chipset, mapped, devices=devices, files=GUEST_FILES)
+        async with guest_machine(options) as guest:
+            await bring_up(guest, GUEST)
+            wire = Wire(guest, namespace, HOST)
+            await ping(guest, HOST, COUNTS.pings)
+            await wire.both(COUNTS.rounds)
+            await check_statistics(guest, server)
+            check_way(await server.counters(), mapped)
+            await check_ipv6(guest, namespace)
+            await check_sizes(guest, namespace, server)
+            await guest.reboot()
+            await bring_up(guest, GUEST)
+            await ping(guest, HOST, COUNTS.pings)
+            check_kernel_log(await guest.kernel_log())
+    assert server.reports()[-1]["clients_served"] == 1
+
+
+async def check_statistics(guest: Machine, server: ServerProcess) -> None:
+    """gptc, gotc, gprc and gorc since the start are what the wire counted; nothing was thrown away."""
+    wire, driver = await counters_at_rest(guest, server)
+    assert driver["tx_packets"] == wire["net_sent_frames"]
+    assert driver["tx_bytes"] == wire["net_sent_bytes"] + FCS * wire["net_sent_frames"]
+    assert driver["rx_packets"] == wire["net_received_frames"]
+    assert driver["rx_bytes"] == wire["net_received_bytes"] + FCS * wire["net_received_frames"]
+    lost = ("received_filtered", "received_dropped", "received_missed", "net_sent_dropped", "dma_errors")
+    assert {name: wire[name] for name in lost} == dict.fromkeys(lost, 0)
+    assert wire["net_sent_frames"] > COUNTS.pings < wire["net_received_frames"]
+
+
+async def counters_at_rest(
+    guest: Machine, server: ServerProcess
+) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    """The server's counters and the driver's, read while no frame passed."""
+    for _ in range(20):
+        before = await server.counters()
+        driver = await driver_statistics(guest)
+        after = await server.counters()
+        if all(before[name] == after[name] for name in ("net_sent_frames", "net_received_frames")):
+            return after, driver
+    pytest.fail("the wire is never at rest")
+
+
+async def driver_statistics(guest: Machine) -> Mapping[str, int]:
+    lines = (await guest.check("ethtool -S eth0")).splitlines()[1:]
+    return {name.strip(): int(value) for name, value in (line.rsplit(":", 1) for line in lines)}
+
+
+def check_way(counters: Mapping[str, int], mapped: bool) -> None:
+    """All DMA went the way that the guest's memory allows, and no less than the payload."""
+    used, unused = ("mapped", "message") if mapped else ("message", "mapped")
+    payload = COUNTS.rounds * 1_000_000
+    assert min(counters[f"dma_{used}_read_bytes"], counters[f"dma_{used}_write_bytes"]) > payload
+    ways = [f"dma_{way}_{kind}s" for way in (unused, "file") for kind in ("read", "write")]
+    assert {name: counters[name] for name in ways} == dict.fromkeys(ways, 0)
+
+
+async def check_ipv6(guest: Machine, namespace: Namespace) -> None:
+    namespace.add_ipv6("t0", f"{HOST6}/64")
+    # No wait for duplicate addresses (busybox's ip knows no `nodad`).
+    await guest.check("echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad")
+    await guest.check(f"ip -6 address add {GUEST6} dev eth0")
+    await ping(guest, HOST6, COUNTS.pings)
+    await Wire(guest, namespace, HOST6).both(COUNTS.short_rounds)
+
+
+async def check_sizes(guest: Machine, namespace: Namespace, server: ServerProcess) -> None:
+    """An odd segment size over IPv4 and IPv6, then jumbo frames."""
+    for address in (HOST, HOST6):
+        before = await server.counters()
+        await Wire(guest, namespace, address, options="mss=1111").both(COUNTS.short_rounds)
+        sent, received = mean_sizes(before, await server.counters())
+        assert 900 < sent < 1111 + 74
+        assert 600 < received < 1111 + 74  # the other way's acknowledgements are among them
+    namespace.ip("link set t0 mtu 9000")
+    await guest.check("ip link set eth0 mtu 9000")
+    await wait_carrier(guest)
+    await ping(guest, HOST, COUNTS.pings, size=8972)
+    for address in (HOST, HOST6):
+        before = await server.counters()
+        await Wire(guest, namespace, address).both(COUNTS.short_rounds)
+        assert min(mean_sizes(before, await server.counters())) > 2000
+    namespace.ip("link set t0 mtu 1500")
+
+
+def mean_sizes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[float, float]:
+    """Bytes a frame on the wire in between, sent and received."""
+    grown = {name: after[name] - before[name] for name in after}
+    sent = grown["net_sent_bytes"] / grown["net_sent_frames"]
+    return sent, grown["net_received_bytes"] / grown["net_received_frames"]
+
+
+def check_kernel_log(log: str) -> None:
+    """The driver had nothing to complain of."""
+    complaints = ("hang", "timed out", "timeout", "WARNING", "Call Trace", "BUG", "failed", "bad checksum")
+    lines = [line for line in log.splitlines() if "e1000" in line or "eth0" in line or "Call Trace" in line]
+    assert [line for line in lines if any(word in line for word in complaints)] == []
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "message"])
+@pytest.mark.parametrize("chipset", ["q35", "i440fx"])
+async def test_up_and_down(
+    guest_machine: GuestMachine, serve: Serve, namespace: Namespace, chipset: Chipset, mapped: bool
+) -> None:
+    namespace.add_tap("t0", f"{HOST}/24")
+    async with serve("e1000", "--net", "tap:t0", netns=namespace.name) as server:
+        devices = [VfioUserDevice(server.path)]
+        async with guest_machine(MachineOptions(chipset, mapped, devices=devices)) as guest:
+            await bring_up(guest, GUEST)
+            for _ in range(COUNTS.link_cycles):
+                await guest.check("ip link set eth0 down")
+                await guest.check("ip link set eth0 up")
+                await wait_carrier(guest)
+                await ping(guest, HOST, 5)
+            for _ in range(COUNTS.module_cycles):
+                await guest.check("rmmod e1000")
+                await guest.check("insmod $(modinfo -n e1000)")
+                await bring_up(guest, GUEST)
+                await ping(guest, HOST, 5)
+            check_kernel_log(await guest.kernel_log())
