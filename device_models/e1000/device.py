@@ -59,7 +59,7 @@ class E1000(NetDevice, PciDevice):
     # From the port: see net.Receiver
 
     def receive(self, frame: bytes) -> bool:
-        return self.mac.receiver.receive(frame)
+        return self.mac.buffer.receive(frame)
 
     def link_changed(self, up: bool) -> None:
         self.mac.phy.plug(up)
@@ -74,7 +74,7 @@ class E1000(NetDevice, PciDevice):
     def _config_changed(self) -> None:
         super()._config_changed()
         if self.host.dma.enabled:
-            self.mac.receiver.wake()
+            self.mac.buffer.wake()
             self.mac.transmitter.wake()
 
     def counters(self) -> Mapping[str, int]:
@@ -83,11 +83,11 @@ class E1000(NetDevice, PciDevice):
         `received_filtered`: not for this station. `received_dropped`: the receiver was off, there was no
         link, a buffer could not be written, or the frame was too long. `received_missed`: no room.
         """
-        receiver, transmitter = self.mac.receiver, self.mac.transmitter
+        buffer, receiver, transmitter = self.mac.buffer, self.mac.receiver, self.mac.transmitter
         return {
-            "received_filtered": receiver.filtered,
-            "received_dropped": receiver.dropped,
-            "received_missed": receiver.missed,
+            "received_filtered": buffer.filtered,
+            "received_dropped": buffer.dropped,
+            "received_missed": buffer.missed,
             "transmitted_malformed": transmitter.malformed,
             "dma_errors": receiver.dma_errors + transmitter.dma_errors,
             "interrupts": self.mac.causes.fired,
@@ -138,7 +138,7 @@ class E1000(NetDevice, PciDevice):
             "TDT": self._write_tdt,
             "TIDV": self._storing("TIDV", mac.transmitter.delay.flush, only=FPD),
         }
-        hooks |= {name: self._storing(name, mac.receiver.filter.changed) for name in _FILTER_ROWS}
+        hooks |= {name: self._storing(name, mac.buffer.configure) for name in _FILTER_ROWS}
         for suffix in ("BAL", "BAH", "LEN", "H"):
             hooks["RD" + suffix] = self._storing("RD" + suffix, mac.receiver.ring_moved)
             hooks["TD" + suffix] = self._storing("TD" + suffix, mac.transmitter.ring_moved)
@@ -196,19 +196,18 @@ class E1000(NetDevice, PciDevice):
         self.registers.cell("PBA").value = _PACKET_BUFFER - receive << 16 | receive
 
     def _write_rctl(self, _index: int, value: int) -> None:
-        cell, receiver = self.registers.cell("RCTL"), self.mac.receiver
+        cell, buffer = self.registers.cell("RCTL"), self.mac.buffer
         stops = cell.value & ~value & Rctl.EN
         cell.store(value)
-        receiver.filter.changed()
+        buffer.configure()
         if stops:
-            receiver.discard()
+            buffer.discard()
         self.mac.path_changed()
-        receiver.wake()
+        buffer.wake()
 
     def _write_rdt(self, _index: int, value: int) -> None:
-        receiver = self.mac.receiver
-        receiver.ring.tail.store(value)
-        receiver.wake()
+        self.mac.receiver.ring.tail.store(value)
+        self.mac.buffer.wake()
 
     def _write_tctl(self, _index: int, value: int) -> None:
         self.registers.cell("TCTL").store(value)

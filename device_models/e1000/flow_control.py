@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from vfio_user.device_models.device import Host
 from vfio_user.device_models.e1000.bits import XON_ENABLE, Ctrl, Rctl
-from vfio_user.device_models.e1000.receive import NEVER, Receiver
+from vfio_user.device_models.e1000.packet_buffer import NEVER, PacketBuffer
 from vfio_user.device_models.e1000.statistics import Statistics
 from vfio_user.device_models.net import NetBackend
 from vfio_user.device_models.registers import RegisterFile
@@ -20,13 +20,13 @@ class FlowControl:
     """Stops our transmitter for the partner, and the partner when our packet buffer fills."""
 
     def __init__(
-        self, host: Host, port: NetBackend, file: RegisterFile, statistics: Statistics, receiver: Receiver
+        self, host: Host, port: NetBackend, file: RegisterFile, statistics: Statistics, buffer: PacketBuffer
     ) -> None:
         self._host = host
         self._port = port
         self._file = file
         self._statistics = statistics
-        self._receiver = receiver
+        self._buffer = buffer
         self._timer: Timer | None = None
         self.on_change: Callable[[], None] = lambda: None
         """Called when `paused` may have changed."""
@@ -35,7 +35,7 @@ class FlowControl:
         self.xoff_sent = False
         """Whether the partner still owes us a pause."""
         self.speed = 2
-        receiver.on_flow_control, receiver.on_full = self.take, self.full
+        buffer.on_flow_control, buffer.on_full = self.take, self.full
 
     @property
     def paused(self) -> bool:
@@ -45,7 +45,7 @@ class FlowControl:
         """CTRL or a threshold was written."""
         threshold = self._file.cell("FCRTH").value & 0xFFF8
         sends = self._file.cell("CTRL").value & Ctrl.TFCE and threshold
-        self._receiver.xoff_above = threshold if sends else NEVER
+        self._buffer.xoff_above = threshold if sends else NEVER
 
     def take(self, frame: bytes) -> bool:
         """A frame to the flow control address; True: it goes no further."""
@@ -80,7 +80,7 @@ class FlowControl:
     def drained(self) -> None:
         """Frames have left the packet buffer."""
         low = self._file.cell("FCRTL").value
-        if self.xoff_sent and self._receiver.fifo_bytes <= low & 0xFFF8:
+        if self.xoff_sent and self._buffer.bytes <= low & 0xFFF8:
             self.xoff_sent = False
             if low & XON_ENABLE:
                 self.send(0)
@@ -107,4 +107,4 @@ class FlowControl:
     def reset(self) -> None:
         self._stop_timer()
         self.paused_until, self.xoff_sent = 0, False
-        self._receiver.xoff_above = NEVER
+        self._buffer.xoff_above = NEVER

@@ -39,24 +39,25 @@ class Mac:
         self.causes = Causes(host, pin, file, settings.itr)
         self.receiver = Receiver(host, port, file, self.causes, self.statistics, settings)
         self.transmitter = Transmitter(host, file, self.causes, self.statistics, self._send)
-        self.flow = FlowControl(host, port, file, self.statistics, self.receiver)
+        self.buffer = self.receiver.buffer
+        self.flow = FlowControl(host, port, file, self.statistics, self.buffer)
         self.eeprom = Eeprom(make_content(settings.mac))
         self.link = False
         """What STATUS.LU says."""
         self.loopback = False
         self.phy = Phy(host, port.link_up, self.path_changed)
-        self.receiver.on_room = self._room
+        self.buffer.on_room = self._room
         self.flow.on_change = self.path_changed
 
     def _send(self, pieces: list[Buffer], offload: Offload | None) -> WireSize | None:
         """For the transmitter: out to the port, or back in."""
         if not self.loopback:
             return self._port.send(pieces, offload)
-        if not self.receiver.has_room and self.receiver.ring.owned:
+        if not self.buffer.has_room and self.receiver.ring.owned:
             return None  # it will have room: descriptors are there
         size = wire_size(pieces, offload)
         for frame in segment(pieces, offload):
-            self.receiver.take(frame, looped=True)
+            self.buffer.take(frame, looped=True)
         return size
 
     def _room(self) -> None:
@@ -70,7 +71,7 @@ class Mac:
         mode = self.registers.cell("RCTL").value & Rctl.LBM
         self.loopback = self.phy.loopback or mode in (LOOPBACK_MAC, LOOPBACK_TRANSCEIVER)
         changed, self.link = self.link != self.phy.link, self.phy.link
-        self.receiver.open = self.link and not self.loopback
+        self.buffer.open = self.link and not self.loopback
         self.transmitter.open = self.loopback or (self.link and not self.flow.paused)
         self.update_status()
         if changed:
@@ -92,14 +93,14 @@ class Mac:
         mac = self.eeprom.mac
         self.registers.cell("RAL").value = int.from_bytes(mac[:4], "little")
         self.registers.cell("RAH").value = int.from_bytes(mac[4:], "little") | RAH_AV
-        self.receiver.filter.changed()
+        self.buffer.configure()
 
     def reset(self) -> None:
         """CTRL.RST: everything but PCI configuration, EEPROM and PHY (13.4.1)."""
         for key in ("transmit", "receive"):
             self._host.cancel(key)
         self.registers.reset()
-        self.statistics.clear_octets()
+        self.statistics.clear()
         self.transmitter.reset()
         self.receiver.reset()
         self.flow.reset()

@@ -112,9 +112,13 @@ class OctetCounter:
 
 
 class Direction:
-    """What is counted for each frame of one direction; held as cells, so that counting is cheap."""
+    """What is counted for each frame of one direction.
 
-    __slots__ = ("broadcasts", "good", "good_octets", "multicasts", "octets", "sizes", "total")
+    Frames are first counted in `lengths` alone, and from there into the registers by `settle`, before one
+    of them is looked at.
+    """
+
+    __slots__ = ("broadcasts", "good", "good_octets", "lengths", "multicasts", "octets", "sizes", "total")
 
     def __init__(self, file: RegisterFile, letter: str, octets: OctetCounter, good: OctetCounter) -> None:
         """`letter` is R or T, as in GPRC and GPTC."""
@@ -122,17 +126,28 @@ class Direction:
         self.good, self.total = file.cell(f"GP{letter}C"), file.cell(f"TP{letter}")
         self.sizes = [file.cell(f"P{letter}C{size}") for size in _SIZES]
         self.broadcasts, self.multicasts = file.cell(f"BP{letter}C"), file.cell(f"MP{letter}C")
+        self.lengths: dict[int, int] = {}
+        """Good frames by their bytes (with FCS) that are not in the registers yet."""
 
     def add(self, frames: int, length: int, first: Buffer) -> None:
         """Count `frames` good ones of `length` bytes (with FCS); `first` begins with their destination."""
-        self.total.value += frames
-        self.good.value += frames
-        self.sizes[SIZE_CLASS[length] if length < 1024 else 5].value += frames
-        length *= frames
-        self.octets.value += length
-        self.good_octets.value += length
+        self.lengths[length] = self.lengths.get(length, 0) + frames
         if first[0] & 1:
-            (self.broadcasts if first[:6] == BROADCAST else self.multicasts).value += frames
+            self.add_group(first, frames)
+
+    def add_group(self, first: Buffer, frames: int = 1) -> None:
+        """Count frames, counted already in `lengths`, that go to a group of stations."""
+        (self.broadcasts if first[:6] == BROADCAST else self.multicasts).value += frames
+
+    def settle(self) -> None:
+        """Bring the registers up to date."""
+        for length, frames in self.lengths.items():
+            self.total.value += frames
+            self.good.value += frames
+            self.sizes[SIZE_CLASS[length] if length < 1024 else 5].value += frames
+            self.octets.value += length * frames
+            self.good_octets.value += length * frames
+        self.lengths.clear()
 
     def add_other(self, length: int) -> None:
         """Count a frame that is on the wire, but not a good one for us: filtered, or flow control."""
@@ -153,19 +168,32 @@ class Statistics:
         """By register name."""
         hooks: dict[str, ReadHook] = {name: partial(self._read_counter, name) for _, name, _ in _COUNTERS}
         for name, counter in self.octets.items():
-            hooks[name + "L"], hooks[name + "H"] = counter.read_low, counter.read_high
+            hooks[name + "L"] = partial(self._read_octets, counter.read_low)
+            hooks[name + "H"] = partial(self._read_octets, counter.read_high)
         return hooks
+
+    def settle(self) -> None:
+        """Bring all registers up to date: before they are read or saved."""
+        self.received.settle()
+        self.sent.settle()
+
+    def _read_octets(self, read: ReadHook, index: int) -> int:
+        self.settle()
+        return read(index)
 
     def count(self, name: str, events: int = 1) -> None:
         """Count a rare event, by register name."""
         self._file.cell(name).value += events
 
     def _read_counter(self, name: str, _index: int) -> int:
+        self.settle()
         cell = self._file.cell(name)
         value, cell.value = cell.value, 0
         return min(value, 0xFFFF_FFFF)
 
-    def clear_octets(self) -> None:
-        """For a reset; the register file clears the rest."""
+    def clear(self) -> None:
+        """For a reset: what the register file does not hold."""
+        self.received.lengths.clear()
+        self.sent.lengths.clear()
         for counter in self.octets.values():
             counter.clear()

@@ -100,7 +100,7 @@ class Transmitter:
         self._wanted, self._single = BATCH, False
         del views
         await self._settle(dma)
-        return not blocked
+        return not blocked and bool(self.ring.owned)
 
     def _send_all(self, parsed: Parsed, views: list[Buffer]) -> bool:
         """Send the packets, move the head; tell whether the rest has to wait."""

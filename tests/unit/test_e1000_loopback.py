@@ -89,7 +89,7 @@ def test_the_drivers_loopback_test(mapped: bool, cable: bool) -> None:
     assert bench.read("RDH") == DESCRIPTORS - 1
     assert [bench.read(name) for name in ("GPTC", "GPRC", "MPC")] == [640, 255, 385]
     assert bench.read("ICR") & Cause.RXO
-    assert not bench.device.mac.receiver.fifo
+    assert not bench.device.mac.buffer.frames
     bench.write("RDT", 100)
     bench.run()
     assert bench.read("RDH") == DESCRIPTORS - 1  # nothing is delivered later

@@ -10,7 +10,7 @@ import pytest
 from vfio_user.device_models.e1000.bench import BUFFER, RX_DATA, RX_RING, Bench
 from vfio_user.device_models.e1000.bits import Cause, Ctrl, Rctl
 from vfio_user.device_models.e1000.descriptors import DD, EOP, IPCS, IPE, IXSM, PIF, TCPCS, TCPE, VP
-from vfio_user.device_models.e1000.receive import CAPACITY
+from vfio_user.device_models.e1000.packet_buffer import CAPACITY
 
 OURS = bytes.fromhex("525400123456")
 OTHER = bytes.fromhex("520000000001")
@@ -95,7 +95,7 @@ def test_without_descriptors_frames_wait_and_then_the_backend_is_held_back(mappe
     bench.run()
     assert 7 < len(taken) < 140
     assert taken == frames[: len(taken)]
-    assert bench.device.mac.receiver.fifo_bytes <= CAPACITY + 2000
+    assert bench.device.mac.buffer.bytes <= CAPACITY + 2000
     assert bench.port.was_ready == 0
     assert bench.read("RNBC") == 0  # at that time the task had not run
     got = []
@@ -208,8 +208,8 @@ def test_verdicts_are_bounded() -> None:
     bench = Bench()
     bench.start(rctl=Rctl.UPE)
     for number in range(5000):
-        bench.device.mac.receiver.filter.judge(struct.pack(">HI", 2, number))
-    assert len(bench.device.mac.receiver.filter.verdicts) <= 1024
+        bench.device.mac.buffer.filter.judge(struct.pack(">HI", 2, number))
+    assert len(bench.device.mac.buffer.filter.verdicts) <= 1024
 
 
 def tagged(tag: int, inner: bytes = b"", size: int = 100) -> bytes:
@@ -504,7 +504,7 @@ def test_the_receiver_is_switched_off_and_on_while_a_batch_is_written(after: int
     got = bench.received()
     assert got in ([frame_to(size=200)], [frame_to(size=size) for size in (100, 101, 200)])
     assert bench.read("RDH") == len(got)
-    assert bench.device.mac.receiver.fifo_bytes == 0
+    assert bench.device.mac.buffer.bytes == 0
 
 
 def test_rewriting_rctl_disturbs_nothing() -> None:
