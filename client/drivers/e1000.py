@@ -15,14 +15,14 @@ import trio
 
 from vfio_user.client.background import background
 from vfio_user.client.drivers import e1000_hardware as hw
-from vfio_user.client.drivers.e1000_board import Board, DriverError
+from vfio_user.client.drivers import packets
+from vfio_user.client.drivers.e1000_board import LINK_PATIENCE, Board, DriverError
 from vfio_user.client.drivers.e1000_hardware import Cause, Command, Rctl, Reg
 from vfio_user.client.fake_vmm import FakeVmm
 
 __all__ = ["E1000", "DriverCounters", "DriverError", "open_e1000"]
 
 BUFFER_SIZE = 2048
-FCS_SIZE = 4
 LARGE_BUFFER = 64 * 1024
 _CAUSES = Cause.TXDW | Cause.RXT0 | Cause.RXO | Cause.RXDMT0 | Cause.RXSEQ | Cause.LSC
 _FULL_FRAME = Command.EOP | Command.IFCS | Command.RS
@@ -45,8 +45,8 @@ class DriverCounters:
 class E1000:
     """A running NIC. `ring` is the number of descriptors of each ring, a multiple of 8."""
 
-    def __init__(self, vmm: FakeVmm, ring: int) -> None:
-        self.board = Board(vmm)
+    def __init__(self, vmm: FakeVmm, ring: int, link_patience: float = LINK_PATIENCE) -> None:
+        self.board = Board(vmm, link_patience)
         self.counters = DriverCounters()
         self.causes: Counter[str] = Counter()
         """How often each interrupt cause was seen."""
@@ -199,13 +199,13 @@ class E1000:
             await self.board.write(Reg.RDT, (self._rx_head - 1) % self._ring)
 
     def _take(self, address: int, length: int, status: int, errors: int) -> None:
-        if not status & hw.RX_END_OF_PACKET or not FCS_SIZE < length <= BUFFER_SIZE:
+        if not status & hw.RX_END_OF_PACKET or not packets.FCS_SIZE < length <= BUFFER_SIZE:
             raise DriverError(f"receive descriptor with length {length}, status {status:#x}")
         if not status & hw.RX_IGNORE_SUM and errors & _RX_BAD_SUM:
             self.counters.bad_sums += 1
-        self._inbox.append(self._ram.read(address, length - FCS_SIZE))
+        self._inbox.append(self._ram.read(address, length - packets.FCS_SIZE))
         self.counters.frames_received += 1
-        self.counters.bytes_received += length - FCS_SIZE
+        self.counters.bytes_received += length - packets.FCS_SIZE
 
     # Interrupts
 
@@ -245,9 +245,11 @@ def _segmentation_context(header: int, payload: int, mss: int) -> tuple[int, ...
 
 
 @contextlib.asynccontextmanager
-async def open_e1000(vmm: FakeVmm, *, ring: int = 256) -> AsyncIterator[E1000]:
-    """A started NIC whose interrupts are served; stopped at the end."""
-    nic = E1000(vmm, ring)
+async def open_e1000(
+    vmm: FakeVmm, *, ring: int = 256, link_patience: float = LINK_PATIENCE
+) -> AsyncIterator[E1000]:
+    """A started NIC whose interrupts are served; stopped at the end. DriverError when it does not start."""
+    nic = E1000(vmm, ring, link_patience)
     async with background() as nursery:
         nursery.start_soon(nic.serve_interrupts)
         await nic.start()

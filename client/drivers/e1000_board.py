@@ -10,8 +10,10 @@ from vfio_user.client.drivers import e1000_hardware as hw
 from vfio_user.client.drivers.e1000_hardware import Ctrl, Eecd, Mdic, Reg
 from vfio_user.client.fake_vmm import FakeVmm
 
-_LINK_PATIENCE = 5.0  # seconds; auto-negotiation may take some
 _POLLS = 200
+
+LINK_PATIENCE = 5.0
+"""Seconds that a driver waits for a link: auto-negotiation takes some."""
 
 
 class DriverError(Exception):
@@ -21,11 +23,12 @@ class DriverError(Exception):
 class Board:
     """Register access and the slow parts of start-up."""
 
-    def __init__(self, vmm: FakeVmm) -> None:
+    def __init__(self, vmm: FakeVmm, link_patience: float = LINK_PATIENCE) -> None:
         self.mac = bytes(6)
         self.eeprom: list[int] = []
         """The 64 words."""
         self._vmm = vmm
+        self._link_patience = link_patience
 
     async def read(self, offset: int) -> int:
         return await self._vmm.read(hw.MEMORY_BAR, offset)
@@ -157,10 +160,10 @@ class Board:
             await self.write(Reg.MTA + 4 * entry, 0)
 
     async def _wait_for_link(self) -> None:
-        end = trio.current_time() + _LINK_PATIENCE
+        end = trio.current_time() + self._link_patience
         while not await self.read(Reg.STATUS) & hw.STATUS_LINK_UP:
             if trio.current_time() > end:
-                raise DriverError("no link")
+                raise DriverError(f"no link within {self._link_patience:g} s")
             await trio.sleep(0.005)
 
     async def _until(self, register: Reg, mask: int, wanted: int, failure: str) -> int:
