@@ -10,7 +10,9 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,18 +103,13 @@ class Bed:
         command = f"socat -u {there} - | sha256sum" if incoming else f"socat -u OPEN:{_PAYLOAD} {there}"
         words = [sys.executable, "-m", "vfio_user.benchmarks.payload", str(PAYLOAD_PORT), str(shape.mss)]
         words += ["send", str(self.payload)] if incoming else ["receive"]
-        outputs: dict[str, str] = {}
-
-        async def host_end() -> None:
-            done = await trio.run_process([*inside(self.namespace), *words], capture_stdout=True)
-            outputs["host"] = done.stdout.decode()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(host_end)
-            outputs["guest"] = await self.guest.check(command, timeout=60)
-        return all(
-            output.split()[0] == self.digest for side, output in outputs.items() if side == "host" or incoming
-        )
+        log = self.payload.with_name(f"payload-{nic.key}-{time.monotonic_ns()}.log")
+        async with running(words, log, netns=self.namespace) as host_end:
+            output = await self.guest.check(command, timeout=60)
+            with trio.move_on_after(30):
+                await host_end.wait()
+            digests = [host_end.log_text().strip(), *(output.split()[:1] if incoming else [])]
+        return digests == [self.digest] * len(digests)
 
 
 def received_rate(report: Any) -> float:
@@ -131,10 +128,7 @@ def ping_times(output: str) -> list[float]:
 @contextlib.asynccontextmanager
 async def open_bed(lab: Lab, folder: Path) -> AsyncIterator[Bed]:
     """Servers, guest and the host's ends of all measurements; root is needed. Gone when the block is left."""
-    if os.geteuid() != 0:
-        raise BenchmarkError("network namespaces and TAPs need root")
-    if lab.qemu is None:  # raises LabError where there is none
-        raise BenchmarkError("no QEMU")
+    _require(lab)
     program = compiled("tcp_rr", folder, "-static")
     payload = random.Random(1).randbytes(PAYLOAD_SIZE)
     payload_path = folder / "payload"
@@ -157,6 +151,15 @@ async def open_bed(lab: Lab, folder: Path) -> AsyncIterator[Bed]:
         for nic in NICS:
             await _configure(bed, nic)
         yield bed
+
+
+def _require(lab: Lab) -> None:
+    """BenchmarkError or LabError says what is missing and how to get it."""
+    if os.geteuid() != 0:
+        raise BenchmarkError("network namespaces and TAPs need root: run it as root")
+    if missing := [name for name in ("ip", "nsenter", "setpriv", "iperf3") if shutil.which(name) is None]:
+        raise BenchmarkError(f"no {', '.join(missing)}: apt-get install iproute2 util-linux iperf3")
+    assert all(path.is_file() for path in (lab.qemu.program, lab.kernel, lab.initrd))
 
 
 def _serve(stack: contextlib.AsyncExitStack, nic: Nic, namespace: str, folder: Path) -> VfioUserDevice:

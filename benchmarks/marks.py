@@ -51,6 +51,8 @@ _ROWS = (
     Measure("read.same.p99", "REGION_READ 8 bytes, one CPU, p99", "µs", C),
     Measure("read.split.p50", "REGION_READ 8 bytes, two CPUs, p50", "µs", C, "most", 0.5, 0.25),
     Measure("read.split.p99", "REGION_READ 8 bytes, two CPUs, p99", "µs", C),
+    Measure("wake.same", "the same after 2 ms of rest, one CPU, p50", "µs", C),
+    Measure("wake.split", "the same after 2 ms of rest, two CPUs, p50", "µs", C),
     Measure("flight.same", "32 reads in flight, one CPU", "k/s", C, "least", 2.5, 4.0),
     Measure("flight.split", "32 reads in flight, two CPUs", "k/s", C),
     Measure("posted.same", "posted REGION_WRITE, one CPU", "k/s", C),

@@ -128,12 +128,13 @@ def _round_trip(wire: Wire) -> Measured:
     return {
         "read.{}.p50": percentile(times, 50) / 1000,
         "read.{}.p99": percentile(times, 99) / 1000,
+        "wake.{}": percentile(read_latencies(wire, 60, rest=0.002), 50) / 1000,
         "flight.{}": reads_in_flight(wire, 200) / 1000,
     }
 
 
 def round_trip(pair: Pair, number: int, results: Results) -> None:
-    """Single reads and 32 in flight."""
+    """Single reads, one after the other and after a rest, and 32 in flight."""
     in_both_modes(pair, number, results, _round_trip)
 
 

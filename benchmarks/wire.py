@@ -62,8 +62,10 @@ def read_reply_head(message_id: int, offset: int, region: int, count: int) -> by
     return codec.REGION_ACCESS.pack(message_id, *numbers)
 
 
-def read_latencies(wire: Wire, rounds: int, region: int = 0, count: int = 8) -> list[Nanoseconds]:
-    """Time of each of `rounds` reads, one after the other. Every reply is checked, outside of the time."""
+def read_latencies(
+    wire: Wire, rounds: int, region: int = 0, count: int = 8, rest: float = 0.0
+) -> list[Nanoseconds]:
+    """Time of each of `rounds` reads, `rest` seconds apart. Every reply is checked, outside of the time."""
     ids = range(100, 164)
     messages = [codec.pack_region_read(i, 0, region, count) for i in ids]
     heads = [read_reply_head(i, 0, region, count) for i in ids]
@@ -72,6 +74,8 @@ def read_latencies(wire: Wire, rounds: int, region: int = 0, count: int = 8) -> 
     send, receive, turns = wire.socket.send, wire.socket.recv_into, len(messages)
     for number in range(rounds):
         message, head = messages[number % turns], heads[number % turns]
+        if rest:
+            time.sleep(rest)
         begun = clock()
         send(message)
         got = receive(buffer)
