@@ -27,6 +27,7 @@ from vfio_user.client.qemu.paths import lab_root
 from vfio_user.client.qemu.shell import LabError
 from vfio_user.client.server_process import ServerError, ServerProcess, serving
 from vfio_user.protocol.errors import VfioUserError
+from vfio_user.transport.channel import PeerGone
 
 OPTIONS = {shared: VmmOptions(shared=shared, resample=True, spin=100e-6) for shared in (True, False)}
 """By whether the device may map guest memory. INTx is unmasked by an eventfd, as under KVM; the driver
@@ -115,8 +116,11 @@ async def _demo(account: Account, frames: int, lab: Lab | None, why_not: str) ->
         account.title("The server: an Intel 82540EM (e1000), in a process of its own")
         async with serving("e1000", Path(folder) / "nic.sock", ["--net", "echo"]) as server:
             account.step(f"vfio-user serve e1000 --net echo: process {server.pid}, listening")
-            results = [await _run(account, server, frames, shared) for shared in (True, False)]
-            await _guest(account, server, lab, why_not)
+            try:
+                results = [await _run(account, server, frames, shared) for shared in (True, False)]
+                await _guest(account, server, lab, why_not)
+            except* PeerGone as group:
+                raise await server.explain("the server has ended the connection") from group
             account.title("The end")
             await server.stop()
             account.step("the server ended with status 0 and removed its socket")

@@ -17,11 +17,12 @@ import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import trio
 
 from vfio_user.client.background import background
+from vfio_user.client.dma_target import DmaTarget, NoDma
 from vfio_user.client.link import Call, Link, owned_fds
 from vfio_user.client.mapping import MappedRegion
 from vfio_user.client.memory import RamRange
@@ -49,24 +50,6 @@ DEFAULT_VERSION = capabilities.Version(
 """As QEMU's client proposes, but with the specification's minor version."""
 
 _MAX_ARGSZ = 1 << 20  # a server that says it needs more than this for an info reply is wrong
-
-
-class DmaTarget(Protocol):
-    """Guest memory for DMA_READ and DMA_WRITE; raises VfioUserError with the errno to answer."""
-
-    def dma_read(self, address: int, count: int) -> m.Payload: ...
-
-    def dma_write(self, address: int, data: m.Payload) -> None: ...
-
-
-class NoDma:
-    """A client without memory."""
-
-    def dma_read(self, address: int, count: int) -> m.Payload:
-        raise DeviceError(f"no guest memory at {address:#x}", errno.EFAULT)
-
-    def dma_write(self, address: int, data: m.Payload) -> None:
-        raise DeviceError(f"no guest memory at {address:#x}", errno.EFAULT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,12 @@ class ServerProcess:
             raise self._error(f"the server left {self.path} behind")
         return await self.counters("the end")
 
+    async def explain(self, what: str) -> ServerError:
+        """An error for a connection that the server has ended, with what the server last wrote."""
+        with trio.move_on_after(1):
+            await self._ended.wait()
+        return self._error(what)
+
     async def read_output(self) -> None:
         """Collect lines until the server closes its output, which it does when it ends."""
         assert self.popen.stdout is not None
@@ -110,7 +116,7 @@ class ServerProcess:
             self._figures[name] = int(value)
 
     def _error(self, what: str) -> ServerError:
-        return ServerError("\n".join([what, *self.lines])[-_TAIL:])
+        return ServerError(f"{what}\n" + "\n".join(self.lines)[-_TAIL:])
 
 
 async def _read(fd: int) -> bytes:

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The server as a second process: listening, counting, ending, and every way in which it does not."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from vfio_user.client.fake_vmm import VmmOptions, open_vmm
+from vfio_user.client.server_process import ServerError, serving
+
+
+async def test_counters_of_every_client(tmp_path: Path) -> None:
+    async with serving("scratch", tmp_path / "s") as server:
+        for number in (1, 2):
+            async with open_vmm(server.path, VmmOptions(((0, 0x10000),))) as vmm:
+                await vmm.write(0, 0xFF0, 100)
+                await vmm.write(0, 0xFF8, 1)
+                await vmm.intx.wait()
+            left = await server.counters(f"client {number} has left")
+            assert left["dma_mapped_write_bytes"] == 100 * number
+        assert (await server.ask_counters())["clients_served"] == 2
+        assert (await server.ask_counters())["irqs_intx"] == 2
+        assert (await server.stop())["clients_served"] == 2
+    assert not server.path.exists()
+
+
+async def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="no model 'nonsense'"):
+        async with serving("nonsense", tmp_path / "s"):
+            pytest.fail("there is no such model")
+
+
+async def test_a_server_that_is_killed(tmp_path: Path) -> None:
+    async with serving("scratch", tmp_path / "s") as server:
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(ServerError, match="status -9"):
+            await server.stop()
+
+
+async def test_leaving_the_block_ends_the_server(tmp_path: Path) -> None:
+    async with serving("scratch", tmp_path / "s") as server:
+        pass
+    assert server.popen.returncode == -signal.SIGKILL
