@@ -14,7 +14,14 @@ import pytest
 from vfio_user.cli import docs
 from vfio_user.cli.main import COMMANDS as SUBCOMMANDS
 from vfio_user.cli.main import main
+from vfio_user.device_models.e1000.packet_buffer import CAPACITY
+from vfio_user.protocol.capabilities import MAX_TEXT
 from vfio_user.protocol.commands import COMMANDS
+from vfio_user.protocol.constants import MESSAGE_OVERHEAD
+from vfio_user.server.engines.native import Settings
+from vfio_user.server.message_dma import WINDOW
+from vfio_user.transport.channel import QUEUE_LIMIT
+from vfio_user.transport.listener import BACKLOG
 
 ROOT = docs.ROOT
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("qemu-configs/*.md")])
@@ -161,6 +168,23 @@ def test_a_stale_part_would_be_found() -> None:
 def test_every_command_has_a_section_in_the_order_of_the_numbers() -> None:
     sections = re.findall(r"^## (\d+) (\w+)$", read("docs/compliance.md"), re.MULTILINE)
     assert sections == [(str(int(command)), command.name) for command in COMMANDS]
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    rows = dict(re.findall(r"^\| ([a-zA-Z].+?) \| (.+?) \|$", read("SECURITY.md"), re.MULTILINE))
+    settings = Settings()
+    expected = {
+        "one message": f"({settings.max_data_xfer_size >> 20} MiB) and {MESSAGE_OVERHEAD:,} bytes",
+        "JSON of VERSION": f"{MAX_TEXT >> 10} KiB",
+        "DMA regions": f"{settings.max_dma_maps:,}",
+        "descriptors in one message": f"{settings.max_msg_fds}",
+        "unsent replies": f"beyond {QUEUE_LIMIT >> 20} MiB",
+        "DMA messages of one access under way": f"{WINDOW}",
+        "frames that wait for a device": f"{CAPACITY >> 10} KiB in the e1000",
+        "clients waiting for the present one to leave": f"{BACKLOG}",
+    }
+    assert rows.keys() - {"what"} == expected.keys()
+    assert not {what for what, limit in expected.items() if limit not in rows[what]}
 
 
 def test_the_index_lists_every_page() -> None:
