@@ -15,12 +15,19 @@ def log_task_error(key: Hashable, error: Exception) -> None:
     logger.error("task %r of the device failed: %s", key, error, exc_info=error)
 
 
+def log_timer_error(error: Exception) -> None:
+    """For an engine, which must not end with a device's callback."""
+    logger.error("a timer of the device failed: %s", error, exc_info=error)
+
+
 class HostBase:
     """Tasks and time of one device. An engine adds memory and interrupts and becomes a `device.Host`."""
 
-    def __init__(self, now: Callable[[], int]) -> None:
+    def __init__(
+        self, now: Callable[[], int], on_timer_error: Callable[[Exception], None] | None = None
+    ) -> None:
         self.tasks = TaskRunner(log_task_error)
-        self.timers = Timers(now)
+        self.timers = Timers(now, on_timer_error)
         self.start = self.tasks.start
         self.cancel = self.tasks.cancel
         self.clock = self.timers.clock
@@ -47,4 +54,4 @@ class HostBase:
         self.timers.clear()
 
 
-__all__ = ["HostBase", "Work", "log_task_error"]
+__all__ = ["HostBase", "Work", "log_task_error", "log_timer_error"]

@@ -155,18 +155,29 @@ class TaskRunner:
         if task in self._ready:
             self._ready.remove(task)
         if task.coroutine is not None and task is not self._current:
+            self._close(task)
+
+    def _close(self, task: _Task) -> None:
+        assert task.coroutine is not None
+        try:
             task.coroutine.close()
+        except Exception as error:  # from a `finally`, or because it goes on awaiting
+            self._on_error(task.key, error)
 
     def _step(self, task: _Task) -> None:
-        if task.coroutine is None:
-            task.coroutine = task.work()
         self._current = task
         try:
+            if task.coroutine is None:
+                task.coroutine = task.work()
             waits_for = task.coroutine.send(None)
+            if waits_for is not None and not isinstance(waits_for, Completion):
+                raise TypeError(f"a task awaited {waits_for!r}: only DMA and pause() can be awaited")
         except StopIteration:
             self._finished(task)
         except Exception as error:
             # One broken batch must not end the device: it is reported, and a later doorbell starts anew.
+            if task.coroutine is not None:
+                self._close(task)
             self._finished(task)
             self._on_error(task.key, error)
         else:
@@ -176,8 +187,7 @@ class TaskRunner:
 
     def _suspended(self, task: _Task, waits_for: Completion[Any] | None) -> None:
         if task.cancelled:  # cancelled itself, while it ran
-            assert task.coroutine is not None
-            task.coroutine.close()
+            self._close(task)
         elif waits_for is None:
             self._ready.append(task)
         else:

@@ -39,8 +39,10 @@ class Timers:
     left however long the device was stopped.
     """
 
-    def __init__(self, now: Callable[[], int]) -> None:
+    def __init__(self, now: Callable[[], int], on_error: Callable[[Exception], None] | None = None) -> None:
+        """`on_error` is told of an exception that a callback let out; without it `run_due` raises it."""
         self._now = now
+        self._on_error = on_error
         self._offset = 0  # device time = now() - offset
         self._frozen_at: int | None = None
         self._heap: list[tuple[int, int, Timer]] = []
@@ -94,4 +96,9 @@ class Timers:
         while self._heap and self._heap[0][0] <= now:
             due.append(heapq.heappop(self._heap)[2])
         for timer in due:
-            timer.fire()
+            try:
+                timer.fire()
+            except Exception as error:
+                if self._on_error is None:
+                    raise
+                self._on_error(error)

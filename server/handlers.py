@@ -79,16 +79,14 @@ def device_get_region_info(
     region = session.device.regions.get(request.index)
     if region is None:
         return Answer(m.fit(m.DeviceGetRegionInfoReply(0, request.index, 0), request.argsz))
-    reply = m.DeviceGetRegionInfoReply(
-        _region_flags(region), request.index, region.size, capabilities=_capabilities(region)
-    )
-    fd = session.host.memory_fd(region.memory) if region.memory is not None and region.mmap_areas else None
-    return Answer(m.fit(reply, request.argsz), () if fd is None else (fd,))
-
-
-def _region_flags(region: Region) -> int:
     flags = RegionInfoFlags.READ * region.readable | RegionInfoFlags.WRITE * region.writable
-    return flags | RegionInfoFlags.MMAP * bool(region.mmap_areas)
+    # A client that takes no descriptors cannot map anything.
+    if region.memory is None or not region.mmap_areas or not session.max_send_fds:
+        return Answer(m.fit(m.DeviceGetRegionInfoReply(flags, request.index, region.size), request.argsz))
+    flags |= RegionInfoFlags.MMAP
+    capabilities = _capabilities(region)
+    reply = m.DeviceGetRegionInfoReply(flags, request.index, region.size, capabilities=capabilities)
+    return Answer(m.fit(reply, request.argsz), (session.host.memory_fd(region.memory),))
 
 
 def _capabilities(region: Region) -> tuple[m.RegionCapability, ...]:
@@ -127,9 +125,10 @@ def region_read(session: "Session", request: m.RegionReadRequest, fds: list[Owne
     region = _accessed(session, request.region, request.offset, request.count)
     if not region.readable:
         raise DeviceError(f"region {request.region} cannot be read", errno.EPERM)
-    return Answer(
-        m.RegionReadReply(request.offset, request.region, region.read(request.offset, request.count))
-    )
+    data = region.read(request.offset, request.count)
+    if memoryview(data).nbytes != request.count:  # TypeError, when it is nothing of that kind
+        raise ValueError(f"region {request.region} gave {len(data)} bytes, not {request.count}")
+    return Answer(m.RegionReadReply(request.offset, request.region, data))
 
 
 def region_write(session: "Session", request: m.RegionWriteRequest, fds: list[OwnedFd]) -> Answer:
@@ -219,8 +218,14 @@ SET_UP = frozenset(
         Command.DMA_UNMAP,
         Command.DEVICE_GET_INFO,
         Command.DEVICE_GET_REGION_INFO,
+        Command.DEVICE_GET_REGION_IO_FDS,
         Command.DEVICE_GET_IRQ_INFO,
         Command.DEVICE_SET_IRQS,
+        Command.DIRTY_PAGES,
+        Command.DEVICE_FEATURE,
+        Command.MIG_DATA_READ,
+        Command.MIG_DATA_WRITE,
     }
 )
-"""With these a client sets itself up; any other command shows that it is ready for the device to work."""
+"""With these a client sets itself up (or moves the device); any other command, an access or a reset, shows
+that it is ready for the device to work."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 
 from vfio_user.device_models.device import Device, IrqIndex
-from vfio_user.device_models.host import HostBase
+from vfio_user.device_models.host import HostBase, log_timer_error
 from vfio_user.device_models.regions import SharedMemory
 from vfio_user.server.dma_table import DmaTable
 from vfio_user.server.guest_memory import GuestMemory
@@ -28,7 +28,7 @@ class ServerHost(HostBase):
     def __init__(
         self, poller: Poller, *, trust_client_memory: bool = False, max_dma_maps: int = 65535
     ) -> None:
-        super().__init__(time.monotonic_ns)
+        super().__init__(time.monotonic_ns, log_timer_error)
         self._poller = poller
         self._memories: list[MemfdMemory] = []
         self.table = DmaTable(max_regions=max_dma_maps, trust_client_memory=trust_client_memory)

@@ -3,8 +3,8 @@
 
 import errno
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from vfio_user.device_models.device import Device
 from vfio_user.device_models.regions import Buffer
@@ -16,20 +16,34 @@ from vfio_user.protocol.constants import PCI_NUM_REGIONS, Role
 from vfio_user.protocol.errors import DeviceError, RemoteProtocolError, VfioUserError
 from vfio_user.protocol.events import BadReply, ErrorReply, Event, Outgoing, Rejected, Reply, Request
 from vfio_user.server.fastpath import RegionTables, serve_run
-from vfio_user.server.handlers import HANDLERS, SET_UP, Answer
+from vfio_user.server.handlers import HANDLERS, SET_UP
 from vfio_user.server.host import ServerHost
 from vfio_user.transport.channel import JOIN_LIMIT
 
 logger = logging.getLogger(__name__)
 
-Send = Callable[[Sequence[Buffer], Sequence[int]], None]
-"""Takes the buffers and descriptors of whole messages; never waits. The descriptors stay the caller's."""
+READ_AHEAD = 16384
+"""Bytes of requests between two looks at what waits to be sent: 32 of them may ask for 4 KiB."""
+
+GATHER = 256
+"""Messages between two sends."""
+
+
+class Sender(Protocol):
+    """What a session needs of the connection's channel."""
+
+    @property
+    def congested(self) -> bool:
+        """The client does not read what it is sent."""
+
+    def send(self, buffers: Sequence[Buffer], fds: Sequence[int] = ()) -> None:
+        """Take the buffers of whole messages; never wait. The descriptors stay the caller's."""
 
 
 class Session:
     """From the connect of a client to its end. Raises StreamLost when the client's bytes make no sense."""
 
-    def __init__(self, device: Device, host: ServerHost, send: Send, own: capabilities.Version) -> None:
+    def __init__(self, device: Device, host: ServerHost, sender: Sender, own: capabilities.Version) -> None:
         self.device = device
         self.host = host
         self.connection = Connection(Role.SERVER)
@@ -37,7 +51,8 @@ class Session:
         self.max_data_xfer_size = own.capabilities.max_data_xfer_size
         self.max_send_fds = 0
         self._own = own
-        self._send = send
+        self._sender = sender
+        self._send = sender.send
         self._tables = RegionTables(device.regions)
         self._out: list[bytes] = []
         self._dma: dict[int, tuple[Completion[Any], int]] = {}
@@ -53,21 +68,41 @@ class Session:
         return reply
 
     def receive(self, nbytes: int, fds: Sequence[Any]) -> None:
-        """Take `nbytes` that were put into the connection's buffer, and `fds`; answer what is complete."""
-        connection = self.connection
-        connection.received(nbytes, fds)
-        while True:
-            if self.host.running and not connection.queued_fds:
-                connection.start = serve_run(
-                    self._tables, connection.buffer, connection.start, connection.end, self._out
-                )
-                if connection.start == connection.end:
+        """Take `nbytes` that were put into the connection's buffer, and `fds`, and `serve`."""
+        self.connection.received(nbytes, fds)
+        self.serve()
+
+    def serve(self) -> None:
+        """Answer every message that is complete, or as many as the client leaves room for.
+
+        A request of 32 bytes may ask for a megabyte. So when the client leaves too many replies unread,
+        the rest stays in the buffer, and this is to be called again once it has read them.
+        """
+        try:
+            while self._serve_some():
+                if len(self._out) >= GATHER:
+                    self.flush()
+                if self._sender.congested:
                     break
-            event = connection.next_event()
-            if event is None:
-                break
-            self._handle(event)
-        self.flush()
+        finally:
+            self.flush()  # also what came before a broken header
+
+    def _serve_some(self) -> bool:
+        """A run of small accesses, or one message of any kind. Whether there may be more."""
+        connection = self.connection
+        if self.host.running and not connection.queued_fds:
+            start, end = connection.start, connection.end
+            stop = min(end, start + READ_AHEAD)
+            connection.start = serve_run(self._tables, connection.buffer, start, stop, self._out)
+            if connection.start != start and stop != end:
+                return True
+            if connection.start == end:
+                return False
+        event = connection.next_event()
+        if event is None:
+            return False
+        self._handle(event)
+        return True
 
     def flush(self) -> None:
         """Send the replies and requests that have gathered, as many at once as the kernel keeps whole."""
@@ -119,6 +154,7 @@ class Session:
             self.host.resume()  # the client has set itself up and begins to use the device
         try:
             answer = HANDLERS[request.command](self, request.body, fds)
+            reply = None if request.no_reply else self.connection.reply(request, answer.body)
         except VfioUserError as error:
             logger.info("%s refused: %s", request.command.name, error.reason)
             self._refuse(request, error.errno)
@@ -126,8 +162,8 @@ class Session:
             logger.exception("the device failed in %s", request.command.name)
             self._refuse(request, errno.EIO)
         else:
-            if not request.no_reply:
-                self._reply(request, answer)
+            if reply is not None:
+                self._put(reply, answer.fds)
         finally:
             for fd in fds:
                 fd.close()
@@ -135,9 +171,6 @@ class Session:
     def _refuse(self, request: Request, error: int) -> None:
         if not request.no_reply:
             self._put(self.connection.error(request.message_id, request.command, error))
-
-    def _reply(self, request: Request, answer: Answer) -> None:
-        self._put(self.connection.reply(request, answer.body), answer.fds)
 
     def _put(self, outgoing: Outgoing, fds: Sequence[int] = ()) -> None:
         if fds or outgoing.size > JOIN_LIMIT:

@@ -31,6 +31,9 @@ JOIN_LIMIT = 32 * 1024
 QUEUE_LIMIT = 4 << 20
 """Bytes of unsent data from which on `congested` tells the owner to stop reading requests."""
 
+FD_QUEUE_LIMIT = 16
+"""Unsent descriptors, likewise: each is open in this process until it goes."""
+
 _TRUNCATED = int(socket.MSG_CTRUNC)  # a plain number: `&` with an enum costs more than a microsecond
 _CONTROL_SPACE = socket.CMSG_SPACE(SCM_MAX_FD * 4)
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -75,6 +78,8 @@ class Channel:
         self.queue_limit = queue_limit
         self.pending = 0
         """Bytes that wait in the queue for `flush`."""
+        self.pending_fds = 0
+        """Descriptors that wait with them."""
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -82,7 +87,7 @@ class Channel:
     @property
     def congested(self) -> bool:
         """The peer does not read what it is sent: take no further requests from it for now."""
-        return self.pending > self.queue_limit
+        return self.pending > self.queue_limit or self.pending_fds > FD_QUEUE_LIMIT
 
     def receive_into(self, view: memoryview) -> tuple[int, list[OwnedFd]] | None:
         """Read what has arrived into `view`: the number of bytes and the descriptors that came with them.
@@ -140,7 +145,7 @@ class Channel:
         for unsent in self._queue:
             close_all(unsent.fds)
         self._queue.clear()
-        self.pending = 0
+        self.pending = self.pending_fds = 0
         self._sock.close()
 
     async def wait_readable(self) -> None:
@@ -167,8 +172,9 @@ class Channel:
 
     def _enqueue(self, data: Buffer, fds: Sequence[int]) -> None:
         if data:
-            self._queue.append(_Unsent(memoryview(data), own(os.dup(fd) for fd in fds)))
+            self._queue.append(_Unsent(memoryview(data), _duplicates(fds)))
             self.pending += len(data)
+            self.pending_fds += len(fds)
 
     def _next_batch(self) -> list[_Unsent]:
         """The first entry, and those after it that may share its system call."""
@@ -183,6 +189,7 @@ class Channel:
 
     def _dequeue(self, sent: int) -> None:
         self.pending -= sent
+        self.pending_fds -= len(self._queue[0].fds)
         close_all(self._queue[0].fds)
         self._queue[0].fds.clear()
         while sent:
@@ -192,6 +199,17 @@ class Channel:
             sent -= taken
             if not first.data:
                 self._queue.popleft()
+
+
+def _duplicates(fds: Sequence[int]) -> list[OwnedFd]:
+    copies: list[OwnedFd] = []
+    try:
+        for fd in fds:
+            copies.append(OwnedFd(os.dup(fd)))
+    except OSError as error:
+        close_all(copies)
+        raise VfioUserError(f"keeping a descriptor to send: {error.strerror}", error.errno) from error
+    return copies
 
 
 def _descriptors(control: Iterable[tuple[int, int, bytes]]) -> list[OwnedFd]:

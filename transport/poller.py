@@ -15,7 +15,9 @@ Callback = Callable[[], None]
 class Poller:
     """Calls back for file descriptors that are ready. It owns none of them: unregister before closing."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_error: Callable[[Exception], None] | None = None) -> None:
+        """`on_error` is told of an exception that a callback let out; without it `poll` raises it."""
+        self._on_error = on_error
         self._epoll = select.epoll()
         self._readable: dict[int, Callback] = {}
         self._writable: dict[int, Callback] = {}
@@ -61,10 +63,15 @@ class Poller:
         ready = self._epoll.poll(0, EVENTS)
         for fd, events in ready:
             # An earlier callback of this turn may have removed a later one.
-            if events & ~select.EPOLLOUT and (callback := self._readable.get(fd)) is not None:
-                callback()
-            if events & ~select.EPOLLIN and (callback := self._writable.get(fd)) is not None:
-                callback()
+            try:
+                if events & ~select.EPOLLOUT and (callback := self._readable.get(fd)) is not None:
+                    callback()
+                if events & ~select.EPOLLIN and (callback := self._writable.get(fd)) is not None:
+                    callback()
+            except Exception as error:
+                if self._on_error is None:
+                    raise
+                self._on_error(error)
         return bool(ready)
 
     def close(self) -> None:

@@ -17,11 +17,11 @@ from types import TracebackType
 
 import trio
 
-from vfio_user.device_models.device import Device
+from vfio_user.device_models.device import Device, OptionError
 from vfio_user.device_models.net import NetDevice
 from vfio_user.device_models.timers import NANOSECONDS, Timer, Timers
 from vfio_user.protocol import capabilities
-from vfio_user.protocol.errors import VfioUserError
+from vfio_user.protocol.errors import DeviceError, VfioUserError
 from vfio_user.server.host import ServerHost
 from vfio_user.server.session import Session
 from vfio_user.transport.channel import Channel
@@ -30,6 +30,7 @@ from vfio_user.transport.poller import Poller
 
 logger = logging.getLogger(__name__)
 
+ACCEPT_AGAIN = 1_000_000_000  # ns until the next try, when a client could not be accepted
 SLICE = 1_000_000  # ns of work before trio's other tasks get a turn
 
 
@@ -55,13 +56,17 @@ class Settings:
         )
 
 
+def _log_failure(error: Exception) -> None:
+    logger.error("a callback failed: %s", error, exc_info=error)
+
+
 class NativeServer:
     """A device and its socket. One client at a time; others wait in the socket's backlog."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
-        self.poller = Poller()
-        self._timers = Timers(time.monotonic_ns)
+        self.poller = Poller(_log_failure)
+        self._timers = Timers(time.monotonic_ns, _log_failure)
         self.host = ServerHost(
             self.poller,
             trust_client_memory=self.settings.trust_client_memory,
@@ -91,10 +96,16 @@ class NativeServer:
         self.poller.close()
 
     def install(self, make: Callable[[ServerHost], Device]) -> None:
-        """Make the device; before `listen`."""
-        self.device = make(self.host)
-        self.host.install(self.device)
-        self.device.reset()
+        """Make the device; before `listen`. DeviceError when the model fails; others are `make`'s own."""
+        try:
+            self.device = make(self.host)
+            self.host.install(self.device)
+            self.device.reset()
+        except (VfioUserError, OptionError):
+            raise
+        except Exception as error:
+            logger.info("making the device failed", exc_info=True)
+            raise DeviceError(f"the device cannot be made: {type(error).__name__}: {error}") from error
 
     def call_later(self, nanoseconds: int, callback: Callable[[], None]) -> Timer:
         """For backends (`CallLater`): real time, which goes on while the device is stopped."""
@@ -102,16 +113,28 @@ class NativeServer:
 
     def counters(self) -> Mapping[str, int]:
         """The device's figures, its network's (`net_...`), the DMA's and ours, by name."""
-        device = {} if self.device is None else self.device.counters()
         wire = self.device.port.counters() if isinstance(self.device, NetDevice) else {}
         net = {f"net_{name}": value for name, value in wire.items()}
-        return {**device, **net, **self.host.counters(), "clients_served": self.clients_served}
+        return {**self._figures(), **net, **self.host.counters(), "clients_served": self.clients_served}
+
+    def _figures(self) -> Mapping[str, int]:
+        if self.device is None:
+            return {}
+        try:
+            return self.device.counters()
+        except Exception:
+            logger.exception("the device failed to give its counters")
+            return {}
 
     # Clients
 
     def listen(self, listener: Listener) -> None:
         self._listener = listener
-        self.poller.register(listener.socket.fileno(), self._accept)
+        self._await_client()
+
+    def _await_client(self) -> None:
+        if self._listener is not None:
+            self.poller.register(self._listener.socket.fileno(), self._accept)
 
     def adopt(self, inherited: Listener | socket.socket) -> None:
         """Take a socket that somebody else made (`--fd`): a listening one, or a client that is there."""
@@ -122,7 +145,13 @@ class NativeServer:
 
     def _accept(self) -> None:
         assert self._listener is not None
-        client = self._listener.accept()
+        try:
+            client = self._listener.accept()
+        except OSError as error:  # too many open files, for one: the client waits
+            logger.error("a client cannot be accepted: %s", error.strerror)
+            self.poller.unregister(self._listener.socket.fileno())
+            self.call_later(ACCEPT_AGAIN, self._await_client)
+            return
         if client is not None:
             self.poller.unregister(self._listener.socket.fileno())
             self._attach(client)
@@ -131,7 +160,7 @@ class NativeServer:
         assert self.device is not None
         self.clients_served += 1
         self._channel = Channel(sock)
-        self._session = Session(self.device, self.host, self._channel.send, self.settings.version())
+        self._session = Session(self.device, self.host, self._channel, self.settings.version())
         self.poller.register(self._channel.fileno(), self._receive)
         logger.info("client %d attached", self.clients_served)
 
@@ -146,10 +175,9 @@ class NativeServer:
         self._channel.close()
         self._channel = self._session = None
         logger.info("client %d left", self.clients_served)
+        self._await_client()
         if self.client_left is not None:
             self.client_left()
-        if self._listener is not None:
-            self.poller.register(self._listener.socket.fileno(), self._accept)
 
     # The loop
 
@@ -168,6 +196,9 @@ class NativeServer:
             session.receive(*received)
         except VfioUserError as error:
             self._drop(error)
+        except Exception as error:  # a mistake of ours: rather lose this client than all that follow
+            _log_failure(error)
+            self._detach()
 
     def _drop(self, error: VfioUserError) -> None:
         logger.warning("client %d dropped: %s", self.clients_served, error.reason)
@@ -181,15 +212,18 @@ class NativeServer:
         try:
             session.flush()
             if channel.pending:
-                self._mind_backlog(channel)
+                self._mind_backlog(channel, session)
         except VfioUserError as error:
             self._drop(error)
 
-    def _mind_backlog(self, channel: Channel) -> None:
-        if channel.flush():
-            self.poller.watch_writable(channel.fileno(), None)
-            self.poller.register(channel.fileno(), self._receive)
-            return
+    def _mind_backlog(self, channel: Channel, session: Session) -> None:
+        """Replies wait for the client to read: send them when they go, and take nothing new until then."""
+        while channel.flush():
+            session.serve()  # requests that had to wait
+            if not channel.pending:
+                self.poller.watch_writable(channel.fileno(), None)
+                self.poller.register(channel.fileno(), self._receive)
+                return
         self.poller.watch_writable(channel.fileno(), self._send_owed)
         if channel.congested:
             self.poller.unregister(channel.fileno())
