@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a process holds: its descriptors and its mappings of files, from /proc. For tests of leaks."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import trio
+
+PATIENCE = 10.0
+_LIBRARIES = (".so", ".cache", "locale-archive")
+
+
+def holdings(pid: int) -> Counter[str]:
+    """How often each open file, and each mapped file that is no library, is held."""
+    return _open_files(pid) + _mapped_files(pid)
+
+
+def _open_files(pid: int) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            name = os.readlink(fd)
+        except FileNotFoundError:  # the one that iterdir itself had
+            continue
+        if not name.startswith("/proc/"):
+            found[f"open {name.partition(':[')[0] if name.startswith('socket:') else name}"] += 1
+    return found
+
+
+def _mapped_files(pid: int) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        name = line[73:].strip()
+        if name.startswith("/") and not any(part in name for part in _LIBRARIES):
+            found[f"mapped {name}"] += 1
+    return found
+
+
+async def expect_holdings(pid: int, before: Counter[str]) -> None:
+    """The process lets go of everything but `before`, soon."""
+    with trio.move_on_after(PATIENCE):
+        while holdings(pid) != before:  # noqa: ASYNC110  # nobody tells
+            await trio.sleep(0.002)
+        return
+    now = holdings(pid)
+    raise AssertionError(f"leaked: {dict(now - before)}, lost: {dict(before - now)}")

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A client that sends the bytes that a test gives it, whole or in pieces, with any descriptors."""
+
+import array
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from conformance import wire
+
+PATIENCE = 10.0
+"""Seconds to wait for what must come at once; generous, for slow machines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One message from the server."""
+
+    message_id: int
+    command: int
+    flags: int
+    error: int
+    body: bytes
+    fds: tuple[int, ...] = ()
+
+    @property
+    def ok(self) -> bytes:
+        """The body of a reply without an error, as the specification wants it."""
+        assert self.flags == wire.REPLY, f"flags {self.flags:#x}, {errno.errorcode.get(self.error)}"
+        assert self.error == 0
+        return self.body
+
+    @property
+    def errno(self) -> int:
+        """The errno of an error reply, which "must only include the reply header"."""
+        assert self.flags == wire.REPLY | wire.ERROR, f"flags {self.flags:#x}, no error reply"
+        assert self.body == b""
+        assert self.fds == ()
+        return self.error
+
+
+class RawClient:
+    """Make it with `connect`. The descriptors that came with answers are closed at the end."""
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        self.socket = sock
+        self.next_id = 1
+        self._fds: list[int] = []
+
+    async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """All of `data`; the descriptors travel with its first byte."""
+        with trio.fail_after(PATIENCE):
+            if fds:
+                control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+                data = data[await self.socket.sendmsg([data], control) :]
+            while data:
+                data = data[await self.socket.send(data) :]
+
+    async def receive(self) -> Answer:
+        """The next message. EOFError at the end of the stream."""
+        fds: list[int] = []
+        with trio.fail_after(PATIENCE):
+            header = await self._exactly(wire.HEADER.size, fds)
+            message_id, command, size, flags, error = wire.HEADER.unpack(header)
+            body = await self._exactly(size - wire.HEADER.size, fds)
+        return Answer(message_id, command, flags, error, body, tuple(fds))
+
+    async def _exactly(self, size: int, fds: list[int]) -> bytes:
+        data = b""
+        while len(data) < size:
+            part, control, _, _ = await self.socket.recvmsg(size - len(data), socket.CMSG_SPACE(253 * 4))
+            for level, kind, raw in control:
+                assert (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+                numbers = array.array("i", raw)
+                self._fds += numbers
+                fds += numbers
+            if not part:
+                raise EOFError("the server has closed the connection")
+            data += part
+        return data
+
+    async def command(
+        self, command: int, body: bytes = b"", *, flags: int = 0, fds: Sequence[int] = ()
+    ) -> int:
+        """Send one command with a new id, which is the result."""
+        message_id = self.next_id
+        self.next_id += 1
+        await self.send(wire.message(command, body, flags=flags, message_id=message_id), fds)
+        return message_id
+
+    async def call(self, command: int, body: bytes = b"", *, fds: Sequence[int] = ()) -> Answer:
+        """Send a command; the next message has to be its reply."""
+        message_id = await self.command(command, body, fds=fds)
+        answer = await self.receive()
+        assert (answer.message_id, answer.command) == (message_id, command)
+        return answer
+
+    async def answer(self, request: Answer, body: bytes = b"", *, error: int = 0) -> None:
+        """Reply to a command of the server."""
+        header = wire.HEADER.pack(
+            request.message_id,
+            request.command,
+            wire.HEADER.size + len(body),
+            wire.REPLY | (wire.ERROR if error else 0),
+            error,
+        )
+        await self.send(header + body)
+
+    async def negotiate(self, capabilities: dict[str, Any] | None = None) -> Answer:
+        answer = await self.call(wire.VERSION, wire.version(capabilities or {}))
+        assert answer.ok
+        return answer
+
+    async def expect_alive(self) -> None:
+        """The connection is in step, and there was no other message from the server in between."""
+        assert (await self.call(wire.GET_INFO, wire.get_info())).ok
+
+    async def expect_closed(self) -> None:
+        """The server ends the connection, without another message."""
+        with trio.fail_after(PATIENCE):
+            with contextlib.suppress(ConnectionResetError):  # it had not read all of what we sent
+                assert await self.socket.recv(1) == b""
+
+    def shut(self) -> None:
+        """End the connection now."""
+        self.socket.close()
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+@contextlib.asynccontextmanager
+async def connect(path: Path, *, negotiated: bool = True) -> AsyncIterator[RawClient]:
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    client = RawClient(sock)
+    try:
+        await sock.connect(os.fspath(path))
+        if negotiated:
+            await client.negotiate()
+        yield client
+    finally:
+        client.shut()
