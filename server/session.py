@@ -15,7 +15,7 @@ from vfio_user.protocol.connection import Connection
 from vfio_user.protocol.constants import PCI_NUM_REGIONS, Role
 from vfio_user.protocol.errors import DeviceError, RemoteProtocolError, VfioUserError
 from vfio_user.protocol.events import BadReply, ErrorReply, Event, Outgoing, Rejected, Reply, Request
-from vfio_user.server.fastpath import RegionTables, serve_run
+from vfio_user.server.fastpath import HotTables, serve_run
 from vfio_user.server.handlers import HANDLERS, SET_UP
 from vfio_user.server.host import ServerHost
 from vfio_user.transport.channel import JOIN_LIMIT
@@ -53,7 +53,7 @@ class Session:
         self._own = own
         self._sender = sender
         self._send = sender.send
-        self._tables = RegionTables(device.regions)
+        self._tables = HotTables(device.regions, host.irqs.unmask_intx if device.irqs.get(IrqIndex.INTX) else None)
         self._out: list[bytes] = []
         self._dma: dict[int, tuple[Completion[Any], int]] = {}
 
@@ -69,7 +69,17 @@ class Session:
 
     def receive(self, nbytes: int, fds: Sequence[Any]) -> None:
         """Take `nbytes` that were put into the connection's buffer, and `fds`, and `serve`."""
-        self.connection.received(nbytes, fds)
+        connection = self.connection
+        connection.received(nbytes, fds)
+        # What comes most, one small access, costs no further call.
+        if nbytes <= READ_AHEAD and self.host.running and not connection.queued_fds:
+            end = connection.end
+            start = connection.start = serve_run(
+                self._tables, connection.buffer, connection.start, end, self._out
+            )
+            if start == end:
+                self.flush()
+                return
         self.serve()
 
     def serve(self) -> None:
