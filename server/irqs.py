@@ -106,6 +106,10 @@ class Irqs:
         for index in IrqIndex:
             self._disable(index)
 
+    def unmask_intx(self) -> None:
+        """SET_IRQS with DATA_NONE, ACTION_UNMASK for INTx: what the hot loop takes itself."""
+        self._unmask(IrqIndex.INTX, 0)
+
     # What the client asks
 
     def info(self, index: int) -> tuple[IrqInfoFlags, int]:

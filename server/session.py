@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from vfio_user.device_models.device import Device
+from vfio_user.device_models.device import Device, IrqIndex
 from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.tasks import Completion
 from vfio_user.protocol import capabilities
@@ -53,7 +53,9 @@ class Session:
         self._own = own
         self._sender = sender
         self._send = sender.send
-        self._tables = HotTables(device.regions, host.irqs.unmask_intx if device.irqs.get(IrqIndex.INTX) else None)
+        self._tables = HotTables(
+            device.regions, host.irqs.unmask_intx if device.irqs.get(IrqIndex.INTX) else None
+        )
         self._out: list[bytes] = []
         self._dma: dict[int, tuple[Completion[Any], int]] = {}
 

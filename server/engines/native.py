@@ -8,7 +8,6 @@ task, no cancel scope and no checkpoint per message.
 """
 
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -22,9 +21,10 @@ from vfio_user.device_models.net import NetDevice
 from vfio_user.device_models.timers import NANOSECONDS, Timer, Timers
 from vfio_user.protocol import capabilities
 from vfio_user.protocol.errors import DeviceError, VfioUserError
+from vfio_user.server.engines.spin import Spin
 from vfio_user.server.host import ServerHost
 from vfio_user.server.session import Session
-from vfio_user.transport.channel import Channel
+from vfio_user.transport.channel import Channel, PeerGone
 from vfio_user.transport.listener import Listener
 from vfio_user.transport.poller import Poller
 
@@ -74,6 +74,7 @@ class NativeServer:
         )
         self.device: Device | None = None
         self._listener: Listener | None = None
+        self._spin = Spin(self.settings.spin_us * 1000)
         self._channel: Channel | None = None
         self._session: Session | None = None
         self.clients_served = 0
@@ -201,7 +202,9 @@ class NativeServer:
             self._detach()
 
     def _drop(self, error: VfioUserError) -> None:
-        logger.warning("client %d dropped: %s", self.clients_served, error.reason)
+        """A client that was killed is nothing to warn of; one that talks nonsense is."""
+        level = logging.INFO if isinstance(error, PeerGone) else logging.WARNING
+        logger.log(level, "client %d dropped: %s", self.clients_served, error.reason)
         self._detach()
 
     def _send_owed(self) -> None:
@@ -247,17 +250,12 @@ class NativeServer:
     def _work(self) -> bool:
         """Take turns until nothing has come for a spin's length. False: a slice of time is over first."""
         start = idle_since = time.monotonic_ns()
-        spin = self.settings.spin_us * 1000
-        while True:
+        while idle_since - start < SLICE:
             if self.turn():
-                idle_since = now = time.monotonic_ns()
-            else:
-                now = time.monotonic_ns()
-                if now - idle_since >= spin:
-                    return True
-                os.sched_yield()  # a client on the same CPU gets it at once
-            if now - start >= SLICE:
-                return False
+                idle_since = time.monotonic_ns()
+            elif not self._spin.look_again(idle_since):
+                return True
+        return False
 
     async def run(self) -> None:
         """Serve until cancelled, or until an adopted connection (`--fd`) has ended."""
