@@ -29,7 +29,7 @@ from vfio_user.client.qemu.paths import lab_root
 from vfio_user.client.qemu.shell import LabError
 
 NAMES = (*SUITES, *GUEST_SUITES)
-FAILURES = (BenchmarkError, LabError, MachineError, ValueError)
+FAILURES = (BenchmarkError, LabError, MachineError, OSError, ValueError)
 
 
 class Rounds(Protocol):

@@ -89,6 +89,10 @@ def server_process(
         )
     try:
         yield ServerProcess(name, popen, path, log)
+    except (BenchmarkError, OSError) as error:
+        raise BenchmarkError(
+            f"{error}; {name} says: {log.read_text()[-500:].strip() or 'nothing'}"
+        ) from error
     finally:
         popen.terminate()
         try:

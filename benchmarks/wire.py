@@ -46,7 +46,10 @@ class Wire:
 
     def receive(self, count: int) -> bytes:
         """Exactly `count` bytes."""
-        data = self.socket.recv(count, socket.MSG_WAITALL) if count else b""
+        try:
+            data = self.socket.recv(count, socket.MSG_WAITALL) if count else b""
+        except OSError as error:
+            raise BenchmarkError(f"no answer from the server: {error.strerror}") from error
         if len(data) != count:
             raise BenchmarkError(f"the server closed the connection ({len(data)} of {count} bytes)")
         return data
