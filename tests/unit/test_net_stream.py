@@ -19,6 +19,7 @@ from vfio_user.server.net.stream import (
     FramingError,
     Inbox,
     StreamBackend,
+    without_padding,
 )
 from vfio_user.transport.poller import Poller
 
@@ -345,3 +346,31 @@ def test_no_far_end_at_the_start(tmp_path: Path, name: str, text: str) -> None:
     assert "\n" not in str(caught.value)
     poller.close()
     datagram.close()
+
+
+def ip_frame(kind: int, packet: bytes) -> bytes:
+    return (bytes(12) + kind.to_bytes(2, "big") + packet).ljust(60, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "packet"),
+    [
+        (0x0800, b"\x45\0\0\x28" + bytes(36)),  # a bare ACK, IPv4
+        (0x86DD, b"\x60\0\0\0\0\x04\x11\x40" + bytes(36)),  # four bytes over IPv6
+    ],
+    ids=["IPv4", "IPv6"],
+)
+def test_padding_is_not_sent_on(peer: Peer, kind: int, packet: bytes) -> None:
+    padded = ip_frame(kind, packet)
+    assert peer.backend.send([padded]).bytes == 60
+    assert peer.read_all() == framed(padded[: 14 + len(packet)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "packet"),
+    [(0x0806, bytes(28)), (0x0800, b"\x45\0\0\x05"), (0x0800, b"\x45\0\xff\xff"), (0x86DD, bytes(40))],
+    ids=["ARP", "too short for IPv4", "longer than the frame", "IPv6 without payload"],
+)
+def test_what_is_no_padding_stays(kind: int, packet: bytes) -> None:
+    padded = ip_frame(kind, packet)
+    assert without_padding(padded) == (padded[:54] if kind == 0x86DD else padded)
