@@ -3,7 +3,8 @@
 
 import importlib
 import sys
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import click
 
@@ -17,7 +18,26 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Imports a subcommand only when it is asked for: `--help` stays quick, and `serve` loads no plots."""
+    """Imports a subcommand only when it is asked for: `--help` stays quick, and `serve` loads no plots.
+
+    What is wrong on the command line is said in one line, as everything else that is wrong.
+    """
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return self._run(*args, **extra)
+        try:
+            sys.exit(self._run(*args, **extra))
+        except click.UsageError as error:
+            program = "vfio-user" if error.ctx is None else error.ctx.command_path
+            fail(f"{error.format_message()} ({program} --help)")
+        except click.ClickException as error:
+            fail(error.format_message())
+        except click.Abort:
+            sys.exit(1)
+
+    def _run(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:
+        return super().main(args, prog_name, standalone_mode=False, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -43,5 +63,5 @@ def main() -> None:
 
 def fail(message: str) -> NoReturn:
     """End with one line that says what is wrong and what to do, and exit status 2."""
-    click.echo(f"vfio-user: {message}", err=True)
+    click.echo(f"vfio-user: {' '.join(message.split())}", err=True)
     sys.exit(2)

@@ -2,6 +2,7 @@
 """`vfio-user serve`: a device model on a socket, until SIGTERM or SIGINT."""
 
 import logging
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -15,13 +16,15 @@ from vfio_user.cli.main import fail
 from vfio_user.device_models.catalog import load_model, make_device, parse_options
 from vfio_user.device_models.device import Device, OptionError
 from vfio_user.device_models.net import NetBackend, NetDevice
+from vfio_user.protocol.errors import VfioUserError
 from vfio_user.server.engines.native import NativeServer, Settings
 from vfio_user.server.host import ServerHost
 from vfio_user.server.net.errors import BackendError
 from vfio_user.server.net.factory import open_backend
-from vfio_user.transport.listener import Listener, ListenError
+from vfio_user.transport.listener import Listener
 
 DEFAULTS = Settings()
+DEFAULT_NET = "echo"
 LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
@@ -33,10 +36,8 @@ LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 @click.option(
     "--net",
     "net",
-    default="echo",
-    show_default=True,
     metavar="BACKEND",
-    help="echo, tap:NAME, stream:PATH or none; with ,pcap=FILE and faults as ,drop=0.01.",
+    help="echo (the default), tap:NAME, stream:PATH or none; with ,pcap=FILE and faults as ,drop=0.01.",
 )
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Option of the model (list).")
 @click.option(
@@ -69,7 +70,7 @@ def command(
     socket_path: Path | None,
     fd: int | None,
     engine: str,
-    net: str,
+    net: str | None,
     assignments: tuple[str, ...],
     spin: int,
     trust_client_memory: bool,
@@ -85,6 +86,9 @@ def command(
     logging.basicConfig(
         level=LEVELS[min(verbose, 2)], format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end_early)
+    _allow_many_files()
     if (socket_path is None) == (fd is None):
         fail("give either --socket-path PATH or --fd N")
     settings = Settings(spin_us=spin, trust_client_memory=trust_client_memory, max_dma_maps=max_dma_maps)
@@ -98,13 +102,24 @@ def command(
                 server.listen(listener)
             elif fd is not None:
                 server.adopt(Listener.adopt(fd))
-        except (OptionError, BackendError, ListenError, OSError) as error:
+        except (OptionError, BackendError, VfioUserError, OSError) as error:
             fail(str(error))
         trio.run(_serve, server, socket_path or f"descriptor {fd}", stats)
 
 
+def _end_early(_number: int, _frame: object) -> None:
+    """A signal that comes before the server runs (trio sees to the later ones): what was made goes."""
+    sys.exit(0)
+
+
+def _allow_many_files() -> None:
+    """Up to the hard limit: 2048 MSI-X vectors are as many eventfds, the usual soft limit is 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _maker(
-    server: NativeServer, name: str, net: str, assignments: tuple[str, ...], stack: ExitStack
+    server: NativeServer, name: str, net: str | None, assignments: tuple[str, ...], stack: ExitStack
 ) -> Callable[[ServerHost], Device]:
     if ":" in name:
         sys.path.append(str(Path.cwd()))  # for the user's own module: a console script does not look there
@@ -112,9 +127,11 @@ def _maker(
     options = parse_options(model, assignments)
     backend: NetBackend | None = None
     if issubclass(model, NetDevice):
-        opened = open_backend(net, server.poller, server.call_later)
+        opened = open_backend(net or DEFAULT_NET, server.poller, server.call_later)
         stack.callback(opened.close)
         backend = opened
+    elif net is not None:
+        raise OptionError(f"{name} is no network device: leave --net away")
     return lambda host: make_device(model, host, backend, options)
 
 

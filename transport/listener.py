@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The socket that clients connect to: made from a path, or taken over from whoever started us."""
 
+import errno
 import os
 import socket
 import stat
@@ -13,8 +14,23 @@ SUN_PATH_SIZE = 107
 """Bytes of a socket's path (unix(7), `sun_path` without its NUL)."""
 
 
+_HINTS = {
+    errno.ENOENT: "make its folder first",
+    errno.ENOTDIR: "a part of the path is no folder, choose another path",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EADDRINUSE: "another process was faster, choose another path",
+}
+
+
 class ListenError(OSError):
     """The socket cannot be had; the text says why and what to do."""
+
+    @classmethod
+    def at(cls, path: Path, error: OSError) -> "ListenError":
+        hint = _HINTS.get(error.errno or 0, "choose another path")
+        return cls(f"cannot listen on {path}: {error.strerror or error}: {hint}")
 
 
 class Listener:
@@ -31,14 +47,17 @@ class Listener:
         """Listen at `path`; a socket file that nobody serves any more is replaced."""
         if len(os.fsencode(path)) > SUN_PATH_SIZE:
             raise ListenError(f"the socket path has more than {SUN_PATH_SIZE} bytes: choose a shorter one")
-        _remove_stale(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            _remove_stale(path)
             sock.bind(os.fspath(path))
             sock.listen(BACKLOG)
+        except ListenError:
+            sock.close()
+            raise
         except OSError as error:
             sock.close()
-            raise ListenError(f"cannot listen on {path}: {error.strerror}") from error
+            raise ListenError.at(path, error) from error
         return cls(sock, path)
 
     @classmethod
@@ -47,17 +66,21 @@ class Listener:
         try:
             sock = socket.socket(fileno=fd)
         except OSError as error:
-            raise ListenError(f"descriptor {fd} is not a socket: {error.strerror}") from error
+            reason = f"descriptor {fd} is not a socket: {error.strerror}: give a UNIX stream socket"
+            raise ListenError(reason) from error
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
             sock.detach()  # not ours to close: it was given by mistake
-            raise ListenError(f"descriptor {fd} is not a UNIX stream socket")
+            raise ListenError(f"descriptor {fd} is no UNIX stream socket: give one that is")
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return cls(sock)
+        if not _connected(sock):
+            sock.detach()
+            raise ListenError(f"descriptor {fd} neither listens nor is connected: call listen() on it first")
         sock.setblocking(False)
         return sock
 
     def accept(self) -> socket.socket | None:
-        """The next client, if one waits."""
+        """The next client, if one waits. OSError when it cannot be accepted now (too many open files)."""
         try:
             client, _ = self.socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
@@ -79,22 +102,31 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def _connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
 def _remove_stale(path: Path) -> None:
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
-    except OSError as error:
-        raise ListenError(f"cannot listen on {path}: {error.strerror}") from error
     if not stat.S_ISSOCK(mode):
         raise ListenError(f"{path} exists and is not a socket: choose another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
+        probe.setblocking(False)
         try:
             probe.connect(os.fspath(path))
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
             return
+        except BlockingIOError:
+            pass  # so many clients wait there that no more can
         except OSError as error:
-            raise ListenError(f"cannot tell whether {path} is served: {error.strerror or error}") from error
+            reason = f"cannot tell whether {path} is served: {error.strerror}: choose another path"
+            raise ListenError(reason) from error
     raise ListenError(f"{path} is served by another process: end that one or choose another path")

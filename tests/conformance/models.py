@@ -2,6 +2,8 @@
 """Device models for the conformance tests: what the models of the package do not show."""
 
 import contextlib
+import os
+import signal
 
 from vfio_user.device_models.device import Host, pause
 from vfio_user.device_models.interrupts import Interrupts
@@ -188,3 +190,18 @@ class _Starter(Region):
 
     def write(self, offset: int, data: Buffer) -> None:
         self._device.start(data[0])
+
+
+class EndsSIGTERM(OneWay):
+    """Is interrupted while it is being made."""
+
+    model = "ends"
+    number = signal.SIGTERM
+
+    def __init__(self, host: Host) -> None:
+        os.kill(os.getpid(), self.number)
+        super().__init__(host)
+
+
+class EndsSIGINT(EndsSIGTERM):
+    number = signal.SIGINT

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`vfio-user serve` as a process: what it prints and when, signals, inherited sockets, what it leaves."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import trio
+
+from conformance import wire
+from conformance.driving import PAGE
+from conformance.holdings import expect_holdings, holdings
+from conformance.raw import connect
+
+PROGRAM = "from vfio_user.cli.main import main; main(prog_name='vfio-user')"
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@contextlib.contextmanager
+def serving(*arguments: str | Path, pass_fds: Sequence[int] = ()) -> Iterator["subprocess.Popen[str]"]:
+    """`vfio-user serve ARGUMENTS`, once it has said that it listens; killed at the end if it still runs."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "serve", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=pass_fds,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+    )
+    with process:
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("listening on "), line + process.communicate(timeout=10)[1]
+            yield process
+        finally:
+            process.kill()
+
+
+def exit_of(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """Exit status and all of standard error."""
+    _, complaint = process.communicate(timeout=20)
+    return process.returncode, complaint
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_it_with_status_0_and_removes_the_socket(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    path = tmp_path / "nic.sock"
+    with serving("scratch", "--socket-path", path) as process:
+        async with connect(path) as raw:  # it can be connected to as soon as it has said so
+            await raw.expect_alive()
+            process.send_signal(number)
+            assert exit_of(process) == (0, "")
+            await raw.expect_closed()
+    assert not path.exists()
+
+
+async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "nic.sock"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(os.fspath(path))
+    with serving("scratch", "--socket-path", path) as process:
+        async with connect(path) as raw:
+            await raw.expect_alive()
+        process.terminate()
+        assert exit_of(process) == (0, "")
+    assert not path.exists()
+
+
+def test_a_socket_that_somebody_else_has_put_there_stays(tmp_path: Path) -> None:
+    path = tmp_path / "nic.sock"
+    with serving("scratch", "--socket-path", path) as process:
+        path.rename(tmp_path / "moved")
+        path.touch()
+        process.terminate()
+        assert exit_of(process) == (0, "")
+    assert path.exists()
+
+
+def test_a_signal_before_it_listens_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The model sends it from its constructor."""
+    path = tmp_path / "nic.sock"
+    for name in ("SIGTERM", "SIGINT"):
+        arguments = ["serve", f"conformance.models:Ends{name}", "--socket-path", str(path)]
+        result = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(TESTS)},
+        )
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+        assert not path.exists()
+
+
+async def test_a_listening_socket_may_be_inherited(tmp_path: Path) -> None:
+    path = tmp_path / "nic.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        number = listener.fileno()
+        with serving("scratch", "--fd", str(number), pass_fds=[number]) as process:
+            for _ in range(2):
+                async with connect(path) as raw:
+                    await raw.expect_alive()
+            process.terminate()
+            assert exit_of(process) == (0, "")
+    assert path.exists(), "the file is its maker's"
+
+
+def test_a_connected_socket_may_be_inherited() -> None:
+    """It ends, with status 0, when that client leaves."""
+    ours, theirs = socket.socketpair()
+    number = theirs.fileno()
+    with ours, theirs, serving("scratch", "--fd", str(number), pass_fds=[number]) as process:
+        theirs.close()
+        ours.settimeout(10)
+        ours.sendall(wire.message(wire.VERSION, wire.version({})))
+        assert wire.HEADER.unpack(ours.recv(16))[1:4:2] == (wire.VERSION, wire.REPLY)
+        ours.close()
+        assert exit_of(process) == (0, "")
+
+
+async def test_a_client_that_is_killed_is_forgotten(tmp_path: Path) -> None:
+    """Its memory, its eventfds and its socket go; the next one is welcome."""
+    path = tmp_path / "nic.sock"
+    client = (
+        "import os, signal, trio\n"
+        "from vfio_user.client.fake_vmm import open_vmm\n"
+        "async def run():\n"
+        f"    async with open_vmm({str(path)!r}) as vmm:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "trio.run(run)\n"
+    )
+    with serving("scratch", "--socket-path", path) as process:
+        before = holdings(process.pid)
+        for _ in range(2):
+            killed = await trio.run_process([sys.executable, "-c", client], check=False)
+            assert killed.returncode == -signal.SIGKILL
+            await expect_holdings(process.pid, before)
+        async with connect(path) as raw:
+            await raw.expect_alive()
+        process.terminate()
+        assert exit_of(process) == (0, "")
+
+
+async def test_a_truncated_file_does_not_kill_it(tmp_path: Path) -> None:
+    """SIGBUS would: here in a process of its own."""
+    path = tmp_path / "nic.sock"
+    fd = os.memfd_create("unsealed", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, 4 * PAGE)
+        with serving("scratch", "--socket-path", path) as process:
+            async with connect(path) as raw:
+                assert (await raw.call(wire.DMA_MAP, wire.dma_map(0, 4 * PAGE), fds=[fd])).ok == b""
+                os.ftruncate(fd, 0)
+                body = wire.region_write(wire.CONFIG, wire.COMMAND_REGISTER, wire.BUS_MASTER)
+                assert (await raw.call(wire.REGION_WRITE, body)).ok
+                await raw.call(wire.REGION_WRITE, wire.region_write(0, 0xFF0, b"\x08"))
+                await raw.call(wire.REGION_WRITE, wire.region_write(0, 0xFF8, bytes(4)))
+                status = (await raw.call(wire.REGION_READ, wire.region_read(0, 0xFFC, 4))).ok[16]
+                assert status == 4, "failed"
+            process.terminate()
+            assert exit_of(process) == (0, "")
+    finally:
+        os.close(fd)
+
+
+def test_counters_that_fail_do_not_spoil_the_end(tmp_path: Path) -> None:
+    with serving("faulty", "--set", "fail=counters", "--stats", "--socket-path", tmp_path / "s") as process:
+        process.terminate()
+        status, complaint = exit_of(process)
+    assert status == 0
+    assert "counters fails on demand" in complaint
