@@ -1,32 +1,31 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`vfio-user list`: what can be served."""
 
+from collections.abc import Mapping
+
 import click
 from rich.console import Console
 from rich.table import Table
 
 from vfio_user.device_models.catalog import MODELS, load_model
-
-BACKENDS = {
-    "echo": "answers ARP, neighbour discovery and pings itself; needs no privileges (the default)",
-    "tap:NAME": "a TAP interface of the kernel, made when it is not there; needs CAP_NET_ADMIN",
-    "stream:PATH": "a UNIX socket with QEMU's framing, as passt serves it",
-    "none": "a cable that leads nowhere",
-}
+from vfio_user.server.net.factory import BACKENDS, COMMON_OPTIONS, BackendOption
 
 
 @click.command("list", help="Show the device models, with their options, and the network backends.")
 def command() -> None:
     console = Console()
-    models = Table(
-        "model", "summary", "options (--set NAME=VALUE)", title="Device models", title_justify="left"
-    )
+    models = Table("model", "summary", "options (--set NAME=VALUE)", title="Device models")
     for name in MODELS:
         model = load_model(name)
         options = "\n".join(f"{o.name}={o.default}  {o.help}" for o in model.options)
         models.add_row(name, model.summary, options)
     console.print(models)
-    backends = Table("--net", "what it is", title="Network backends", title_justify="left")
-    for name, text in BACKENDS.items():
-        backends.add_row(name, text)
+    backends = Table("--net", "what it is", "options (,NAME=VALUE)", title="Network backends")
+    for backend in BACKENDS.values():
+        backends.add_row(backend.syntax, backend.summary, _options(backend.options))
+    backends.add_row("any of them", "faults may have the prefix sent. or received.", _options(COMMON_OPTIONS))
     console.print(backends)
+
+
+def _options(options: Mapping[str, BackendOption]) -> str:
+    return "\n".join(f"{name}: {option.expected}" for name, option in options.items() if "." not in name)

@@ -2,7 +2,7 @@
 """The smallest useful device: memory words, and a doorbell that copies guest memory. The one to copy."""
 
 from vfio_user.device_models.device import DmaError, Host, pause
-from vfio_user.device_models.pci import Bar, Identity, power_management
+from vfio_user.device_models.pci import Bar, Identity
 from vfio_user.device_models.pci_device import PciDevice
 from vfio_user.device_models.regions import RamRegion
 from vfio_user.device_models.registers import Register, RegisterFile
@@ -28,8 +28,7 @@ class Scratch(PciDevice):
         hooks = {"DOORBELL": self._ring, "STATUS": self._acknowledge}
         self.words = RamRegion(0x1000)
         self.registers = RegisterFile(0x1000, REGISTERS, on_write=hooks, background=self.words)
-        bars = {0: Bar(self.registers)}
-        super().__init__(host, bars, msi_vectors=1, msix_vectors=1, capabilities=(power_management(),))
+        super().__init__(host, {0: Bar(self.registers)}, msi_vectors=1, msix_vectors=1)
 
     def _ring(self, _index: int, _value: int) -> None:
         self.registers.cell("STATUS").value |= BUSY
@@ -48,8 +47,8 @@ class Scratch(PciDevice):
         outcome = DONE
         try:
             for place in range(0, length, CHUNK):
-                data = await self.host.dma.read(source + place, min(CHUNK, length - place))
-                await self.host.dma.write(destination + place, data)
+                data = bytes(await self.host.dma.read(source + place, min(CHUNK, length - place)))
+                await self.host.dma.write(destination + place, data)  # a view must not live over an await
                 await pause()
         except DmaError:
             outcome = FAILED

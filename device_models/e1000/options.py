@@ -58,7 +58,7 @@ OPTIONS = (
         parse_interval,
         "guest",
         "least time between interrupts: guest (what its driver asks for), or microseconds as a floor "
-        "(1000 doubles the throughput and costs latency)",
+        "(a longer one buys throughput with latency)",
     ),
     Option(
         "verify",
