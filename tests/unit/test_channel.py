@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from vfio_user.protocol.errors import VfioUserError
-from vfio_user.transport.channel import JOIN_LIMIT, Channel, FdsLost, PeerGone
+from vfio_user.transport.channel import FD_QUEUE_LIMIT, JOIN_LIMIT, Channel, FdsLost, PeerGone
 from vfio_user.transport.fds import OwnedFd, close_all
 
 Pair = tuple[Channel, Channel]
@@ -275,3 +275,38 @@ async def test_waiting(pair: Pair) -> None:
         nursery.start_soon(pair[0].wait_writable)
         await trio.testing.wait_all_tasks_blocked()
         receive_all(pair[1])
+
+
+def test_congested_when_the_peer_leaves_descriptors_unread(pair: Pair) -> None:
+    """Each that waits is open here: they are bounded by themselves, however small their messages are."""
+    sender, receiver = pair
+    fill(sender)
+    held = open_fds()
+    sends = 0
+    while not sender.congested:
+        sender.send((b"message",), [sender.fileno()])
+        sends += 1
+    assert open_fds() == held + sends
+    assert sends <= FD_QUEUE_LIMIT + 1
+    assert sender.pending < 1000
+    while not sender.flush():
+        receive_all(receiver)
+    assert not sender.congested
+    assert open_fds() - held <= sends, "what is still in the socket"
+    receive_all(receiver)
+
+
+def test_descriptors_that_cannot_be_kept_are_an_error(pair: Pair) -> None:
+    sender, _ = pair
+    fill(sender)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = open_fds()
+    first_free = os.dup(0)
+    os.close(first_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + 1, hard))
+    try:
+        with pytest.raises(VfioUserError, match="to send: Too many open files"):
+            sender.send((b"message",), [sender.fileno()] * 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert open_fds() == before

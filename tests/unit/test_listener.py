@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The socket that clients connect to; what `serve` says of bad ones is in tests/conformance."""
+
+import os
+import socket
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from vfio_user.transport.listener import Listener, ListenError
+
+
+def test_a_client_can_connect_and_the_file_goes_in_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with closing(Listener.bind(path)) as listener, socket.socket(socket.AF_UNIX) as client:
+        assert listener.accept() is None
+        client.connect(os.fspath(path))
+        accepted = listener.accept()
+        assert accepted is not None
+        with accepted:
+            assert not accepted.getblocking()
+    assert not path.exists()
+
+
+def test_a_file_that_is_not_ours_any_more_stays(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    listener = Listener.bind(path)
+    path.rename(tmp_path / "old")
+    with closing(Listener.bind(path)):
+        listener.close()
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_a_stale_socket_is_replaced_and_a_served_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(os.fspath(path))
+        sock.listen()
+        with pytest.raises(ListenError, match="another process"):
+            Listener.bind(path)
+    Listener.bind(path).close()
+
+
+def test_the_question_whether_it_is_served_disturbs_no_server(tmp_path: Path) -> None:
+    """It is a connection that ends at once, which a server has to bear."""
+    path = tmp_path / "s"
+    with closing(Listener.bind(path)) as listener:
+        with pytest.raises(ListenError):
+            Listener.bind(path)
+        probe = listener.accept()
+        assert probe is not None
+        with probe:
+            assert probe.recv(1) == b""
+
+
+def test_sockets_that_somebody_else_made(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.fspath(tmp_path / "s"))
+        made.listen()
+        adopted = Listener.adopt(os.dup(made.fileno()))
+        assert isinstance(adopted, Listener)
+        adopted.close()
+    assert (tmp_path / "s").exists()
+    ours, theirs = socket.socketpair()
+    with ours:
+        connected = Listener.adopt(theirs.detach())
+        assert isinstance(connected, socket.socket)
+        with connected:
+            assert not connected.getblocking()
+
+
+def test_a_connected_socket_whose_client_has_left_already_is_taken() -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    connected = Listener.adopt(theirs.detach())
+    assert isinstance(connected, socket.socket)
+    connected.close()
