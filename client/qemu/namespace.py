@@ -20,6 +20,7 @@ from vfio_user.client.qemu.process import namespace_words, running
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNET = 0x40000000
+_LISTENING = "00010000"  # __SO_ACCEPTCON of linux/net.h, in the flags of /proc/net/unix
 UPLINK = "uplink0"
 
 
@@ -88,20 +89,16 @@ class Namespace:
         words = ["passt", "--foreground", "--ipv4-only", "--runas", "nobody", "--socket", str(path)]
         async with running(words, log, netns=self.name) as child:
             with trio.fail_after(10):
-                while not _listening(path):
+                while not self._listens(path):
                     if child.popen.poll() is not None:
                         raise OSError(f"passt has ended: {child.log_text()}")
                     await trio.sleep(0.01)
             yield path
 
-
-def _listening(path: Path) -> bool:
-    """passt binds its socket a moment before it listens, and serves one connection: so do not connect."""
-    return any(line.split()[3] == "00010000" and line.endswith(f" {path}") for line in _unix_sockets())
-
-
-def _unix_sockets() -> list[str]:
-    return Path("/proc/net/unix").read_text().splitlines()[1:]
+    def _listens(self, path: Path) -> bool:
+        """Asked of the kernel: it is bound a moment before it listens, and passt takes one client only."""
+        rows = (line.split() for line in self.run("cat", "/proc/net/unix").splitlines()[1:])
+        return any(row[3] == _LISTENING and row[-1] == str(path) for row in rows)
 
 
 @contextlib.contextmanager
