@@ -11,6 +11,7 @@ from conformance import wire
 from conformance.engines import Serve, Served
 from conformance.models import LARGE, OneWay
 from conformance.raw import RawClient, connect
+from vfio_user.device_models.catalog import MODELS, load_model
 
 U64 = (1 << 64) - 1
 
@@ -21,6 +22,14 @@ U64 = (1 << 64) - 1
 async def test_every_command_that_a_server_has_to_know_works(raw: RawClient) -> None:
     for command, body in wire.VALID.items():
         assert (await raw.call(command, body)).ok is not None
+
+
+@pytest.mark.parametrize("model", sorted(set(MODELS) - {"faulty"}))
+async def test_every_model_answers_every_command(serve: Serve, model: str) -> None:
+    async with connect(serve(load_model(model)).path) as raw:
+        for command, body in {**wire.VALID, **wire.ABSENT}.items():
+            answer = await raw.call(command, body)
+            assert answer.flags == (wire.REPLY | wire.ERROR if command in wire.ABSENT else wire.REPLY)
 
 
 @pytest.mark.parametrize("command", wire.ABSENT)

@@ -197,6 +197,27 @@ def test_a_path_without_permission(tmp_path: Path, stale: bool) -> None:
     assert path.exists() == stale
 
 
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and TAP devices")
+@pytest.mark.parametrize("net", ["tap:t0", "tap:t0,pcap=/nowhere/file", "tap:t0,colour=red"])
+def test_a_tap_that_was_made_goes_again(net: str, tmp_path: Path) -> None:
+    """In a network namespace of its own, whose interfaces are listed at the end."""
+    program = "from vfio_user.cli.main import main; main(prog_name='vfio-user')"
+    path = tmp_path / "none" / "nic.sock"
+    script = '"$@"; echo "status $?"; cut -s -d: -f1 /proc/net/dev'
+    command = [sys.executable, "-c", program, "serve", "e1000", "--net", net, "--socket-path", str(path)]
+    result = subprocess.run(
+        ["unshare", "--net", "sh", "-c", script, "sh", *command],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    assert result.stdout.split() == ["status", "2", "lo"]
+    assert result.stderr.startswith("vfio-user: ")
+    assert result.stderr.count("\n") == 1
+
+
 # The descriptor
 
 
