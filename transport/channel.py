@@ -10,6 +10,7 @@ several messages into one `send` keeps the sum within that limit, and sends a lo
 """
 
 import array
+import contextlib
 import errno
 import os
 import socket
@@ -146,7 +147,16 @@ class Channel:
             close_all(unsent.fds)
         self._queue.clear()
         self.pending = self.pending_fds = 0
+        self._drain()
         self._sock.close()
+
+    def _drain(self) -> None:
+        """Close what was sent to us and not read: the kernel would too, and linger (`OwnedFd.close`)."""
+        with contextlib.suppress(OSError, FdsLost, PeerGone):
+            self._sock.shutdown(socket.SHUT_RDWR)  # nothing further comes
+            view = memoryview(bytearray(JOIN_LIMIT))
+            while (received := self.receive_into(view)) is not None and received[0]:
+                close_all(received[1])
 
     async def wait_readable(self) -> None:
         await trio.lowlevel.wait_readable(self._sock)

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """File descriptors with one owner each, closed exactly once."""
 
+import contextlib
 import os
+import socket
+import stat
+import struct
 import warnings
 from collections.abc import Iterable
 from types import TracebackType
@@ -43,6 +47,7 @@ class OwnedFd:
         """Close the descriptor; harmless when it is closed already."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
+            _do_not_linger(fd)
             os.close(fd)
 
     def __enter__(self) -> "OwnedFd":
@@ -63,6 +68,19 @@ class OwnedFd:
         if getattr(self, "_fd", -1) >= 0:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
             self.close()
+
+
+_NO_LINGER = struct.pack("ii", 0, 0)
+
+
+def _do_not_linger(fd: int) -> None:
+    """Let `close` return at once: on a TCP socket with SO_LINGER (socket(7)) it waits for the other end, as
+    long as whoever sent us the socket has chosen."""
+    if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)  # said, so that none is looked up
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        sock.detach()
 
 
 def own(fds: Iterable[int]) -> list[OwnedFd]:
