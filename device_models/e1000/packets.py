@@ -17,6 +17,9 @@ LONGEST_FRAME = 16288
 """Bytes of a frame that is not segmented (3.3.1)."""
 LONGEST_BURST = 256 * 1024
 """Bytes of one that is; PAYLEN could say 1 MiB, but no IP stack makes more than 64 KiB."""
+SEGMENT_COST = 512
+"""What a segment of a burst counts for against the bytes of a batch: a guest that asks for segments of one
+byte must not hold up everybody else."""
 
 
 class Packet:
@@ -175,6 +178,8 @@ def parse(ring: bytes, context: Context, most_bytes: int) -> Parsed:
             parsed.segments += packet.segments
             parsed.context, parsed.used = context, step + 1
             total += packet.total
+            if packet.segmented and packet.context.segment_size:
+                total += packet.total // packet.context.segment_size * SEGMENT_COST
             packet = None
             if total >= most_bytes:
                 break

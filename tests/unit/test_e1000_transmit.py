@@ -189,6 +189,22 @@ def put_burst(bench: Bench, frame: bytes, mss: int, *, v6: bool = False, tag: in
     )
 
 
+def test_many_tiny_segments_do_not_keep_the_device_busy_in_one_turn() -> None:
+    """64 KiB of bursts would do for a batch; cut into single bytes they are a second of work."""
+    bench = Bench()
+    bench.start()
+    for _ in range(8):
+        put_burst(bench, tcp_frame(bytes(2000)), 1)
+    bench.write("TDT", bench.tail)
+    turns = []
+    while bench.host.tasks.ready:
+        before = len(bench.port.frames)
+        bench.host.tasks.run_ready()
+        turns.append(len(bench.port.frames) - before)
+    assert sum(turns) == 8 * 2000
+    assert max(turns) == 2000
+
+
 @MODES
 @pytest.mark.parametrize("v6", [False, True])
 @pytest.mark.parametrize(
