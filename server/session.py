@@ -147,7 +147,7 @@ class Session:
             case Request():
                 self._answer(event)
             case Rejected():
-                logger.info("refused command %d: %s", event.command_number, event.reason)
+                logger.debug("refused command %d: %s", event.command_number, event.reason)
                 if not event.no_reply:
                     self._put(self.connection.error(event.message_id, event.command_number, event.error))
             case Reply():
@@ -156,7 +156,7 @@ class Session:
                 reason = f"the client answered {errno.errorcode.get(event.error, event.error)}"
                 self._fail(event.message_id, DeviceError(reason, event.error))
             case BadReply():
-                logger.info("bad reply to command %d: %s", event.command_number, event.reason)
+                logger.debug("bad reply to command %d: %s", event.command_number, event.reason)
                 if event.command is not None:
                     self._fail(event.message_id, RemoteProtocolError(event.reason))
 
@@ -168,7 +168,7 @@ class Session:
             answer = HANDLERS[request.command](self, request.body, fds)
             reply = None if request.no_reply else self.connection.reply(request, answer.body)
         except VfioUserError as error:
-            logger.info("%s refused: %s", request.command.name, error.reason)
+            logger.debug("%s refused: %s", request.command.name, error.reason)
             self._refuse(request, error.errno)
         except Exception:
             logger.exception("the device failed in %s", request.command.name)
