@@ -46,9 +46,6 @@ class Causes:
     def read_ics(self, _index: int) -> int:
         return self._icr.value
 
-    def read_ims(self, _index: int) -> int:
-        return self._ims.value
-
     def write_icr(self, _index: int, value: int) -> None:
         """A written 1 acknowledges a cause."""
         self._icr.value &= ~value
