@@ -14,7 +14,7 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -201,13 +201,19 @@ class Machine:
         return MachineError(f"{what}\n{logs}")
 
 
+Command = Callable[[MachineOptions, MachinePaths, int], Sequence[str]]
+"""Options, files and the descriptor of the agent's serial port, the second one; gives QEMU's command."""
+
+
 @contextlib.asynccontextmanager
-async def open_machine(lab: Lab, options: MachineOptions) -> AsyncIterator[Machine]:
+async def open_machine(
+    lab: Lab, options: MachineOptions, command: Command = qemu_words
+) -> AsyncIterator[Machine]:
     """Starts a machine; QEMU is dead and its files are gone when the block is left."""
     with _run_folder() as folder, _serial_pair() as (ours, theirs):
         initrd, console = _initrd(lab, options, folder), folder / "console.log"
         paths = MachinePaths(lab.qemu.program, lab.kernel, initrd, console, folder / "qmp")
-        words = qemu_words(options, paths, theirs.fileno())
+        words = command(options, paths, theirs.fileno())
         async with running(words, folder / "qemu.log", [theirs.fileno()], options.netns) as child:
             theirs.close()
             stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))

@@ -89,13 +89,13 @@ class Namespace:
         words = ["passt", "--foreground", "--ipv4-only", "--runas", "nobody", "--socket", str(path)]
         async with running(words, log, netns=self.name) as child:
             with trio.fail_after(10):
-                while not self._listens(path):
+                while not self.listens(path):
                     if child.popen.poll() is not None:
                         raise OSError(f"passt has ended: {child.log_text()}")
                     await trio.sleep(0.01)
             yield path
 
-    def _listens(self, path: Path) -> bool:
+    def listens(self, path: Path) -> bool:
         """Asked of the kernel: it is bound a moment before it listens, and passt takes one client only."""
         rows = (line.split() for line in self.run("cat", "/proc/net/unix").splitlines()[1:])
         return any(row[3] == _LISTENING and row[-1] == str(path) for row in rows)
