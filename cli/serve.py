@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import trio
 
+from vfio_user.cli.log_limit import LogLimit
 from vfio_user.cli.main import fail
 from vfio_user.device_models.catalog import load_model, make_device, parse_options
 from vfio_user.device_models.device import Device, OptionError
@@ -25,6 +26,7 @@ from vfio_user.transport.listener import Listener
 
 DEFAULTS = Settings()
 DEFAULT_NET = "echo"
+OTHER_FILES = 4096  # open files that DMA regions leave for eventfds and all else
 LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
@@ -59,7 +61,7 @@ LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
     type=click.IntRange(1, 65535),
     default=DEFAULTS.max_dma_maps,
     show_default=True,
-    help="DMA regions that a client may map at a time.",
+    help="DMA regions that a client may map at a time; fewer where the limit of open files is lower.",
 )
 @click.option(
     "--stats", is_flag=True, help="Print the counters when a client leaves, at SIGUSR1, and at the end."
@@ -86,9 +88,12 @@ def command(
     logging.basicConfig(
         level=LEVELS[min(verbose, 2)], format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(LogLimit())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end_early)
-    _allow_many_files()
+    files = _allow_many_files()
+    max_dma_maps = min(max_dma_maps, files - min(OTHER_FILES, files // 2))
     if (socket_path is None) == (fd is None):
         fail("give either --socket-path PATH or --fd N")
     settings = Settings(spin_us=spin, trust_client_memory=trust_client_memory, max_dma_maps=max_dma_maps)
@@ -112,10 +117,11 @@ def _end_early(_number: int, _frame: object) -> None:
     sys.exit(0)
 
 
-def _allow_many_files() -> None:
-    """Up to the hard limit: 2048 MSI-X vectors are as many eventfds, the usual soft limit is 1024."""
+def _allow_many_files() -> int:
+    """Up to the hard limit, which is given: each vector has an eventfd, each DMA region a descriptor."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most
 
 
 def _maker(

@@ -2,7 +2,9 @@
 """`vfio-user serve` as a process: what it prints and when, signals, inherited sockets, what it leaves."""
 
 import contextlib
+import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -181,3 +183,30 @@ def test_counters_that_fail_do_not_spoil_the_end(tmp_path: Path) -> None:
         status, complaint = exit_of(process)
     assert status == 0
     assert "counters fails on demand" in complaint
+
+
+async def test_a_client_that_reconnects_with_nonsense_does_not_fill_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "nic.sock"
+    with serving("scratch", "--socket-path", path) as process:
+        for _ in range(200):
+            async with connect(path, negotiated=False) as raw:
+                await raw.send(b"\xff" * 16)
+                await raw.expect_closed()
+        process.terminate()
+        status, log = exit_of(process)
+    assert status == 0
+    assert 40 <= len(log.splitlines()) <= 60
+
+
+async def test_dma_regions_leave_open_files_for_others(tmp_path: Path) -> None:
+    path = tmp_path / "nic.sock"
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with serving("scratch", "--socket-path", path) as process:
+        _, most = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        async with connect(path, negotiated=False) as raw:
+            answer = await raw.negotiate(
+                {"max_dma_maps": 65535, "max_data_xfer_size": 1 << 20, "pgsizes": 4096}
+            )
+            allowed = json.loads(answer.ok[4:-1])["capabilities"].get("max_dma_maps", 65535)
+    assert allowed == min(65535, most - min(4096, most // 2))
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
