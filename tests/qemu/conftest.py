@@ -9,6 +9,7 @@ how to get it.
 import contextlib
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
@@ -75,11 +76,28 @@ def libvfio_lab(any_lab: Lab) -> Lab:
     return any_lab
 
 
+def _program(name: str, package: str) -> str:
+    """Where a program is; missing without it."""
+    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    return path or missing(f"{name} is missing: make lab, or apt-get install {package}")
+
+
+@pytest.fixture
+def lspci_program() -> str:
+    return _program("lspci", "pciutils")
+
+
+@pytest.fixture
+def passt_program() -> str:
+    return _program("passt", "passt")
+
+
 @pytest.fixture
 def namespace() -> Iterator[Namespace]:
     """A network namespace of our own with `lo` up; deleted afterwards."""
     if os.geteuid() != 0:
         missing("network namespaces need root")
+    _program("ip", "iproute2")
     with open_namespace(f"vfio-user-{os.getpid()}-{next(_NUMBERS)}") as opened:
         yield opened
 

@@ -2,7 +2,6 @@
 """`lspci -vvv` (pciutils) reads our configuration spaces and finds nothing malformed."""
 
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -30,16 +29,13 @@ pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture
-def lspci(tmp_path: Path) -> Callable[[bytes], str]:
+def lspci(lspci_program: str, tmp_path: Path) -> Callable[[bytes], str]:
     """What `lspci -vvv` says of a configuration space."""
-    program = shutil.which("lspci", path="/usr/bin:/usr/sbin:/bin:/sbin")
-    if program is None:
-        pytest.fail("lspci is missing: apt-get install pciutils")
 
     def explain(space: bytes) -> str:
         rows = (f"{at:02x}: {space[at : at + 16].hex(' ')}" for at in range(0, len(space), 16))
         (tmp_path / "dump").write_text("\n".join(["00:04.0 Device", *rows, ""]))
-        words = [program, "-F", str(tmp_path / "dump"), "-vvv"]
+        words = [lspci_program, "-F", str(tmp_path / "dump"), "-vvv"]
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
     return explain

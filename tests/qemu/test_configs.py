@@ -115,6 +115,7 @@ async def test_on_tap(scenario: Scenario) -> None:
     await check(scenario, "mapped", Q35, "00:01.0")
 
 
+@pytest.mark.usefixtures("passt_program")
 @pytest.mark.parametrize("scenario", ["passt.sh"], indirect=True)
 async def test_on_passt(scenario: Scenario) -> None:
     scenario.namespace.add_uplink("192.0.2.15/24", "192.0.2.1")

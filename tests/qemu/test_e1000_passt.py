@@ -27,6 +27,7 @@ COUNTS = counts()
 pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(1200)]
 
 
+@pytest.mark.usefixtures("passt_program")
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "message"])
 @pytest.mark.parametrize("chipset", ["q35", "i440fx"])
 async def test_traffic_through_passt(
