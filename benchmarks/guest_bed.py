@@ -28,7 +28,7 @@ from vfio_user.client.qemu.lab import Lab
 from vfio_user.client.qemu.machine import Machine, open_machine
 from vfio_user.client.qemu.process import running
 
-BEST_POLICY = ("itr=1000",)
+BEST_POLICY = ("itr=2000",)
 OURS, BEST, BUILT_IN = Nic("ours", 1, ()), Nic("best", 2, BEST_POLICY), Nic("built-in", 3, None)
 NICS = (OURS, BEST, BUILT_IN)
 _BUILT_IN_SLOT = "6"  # a free one with an interrupt line of its own (client/qemu/command.py)
