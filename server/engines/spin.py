@@ -10,8 +10,8 @@ a sleeper that wakes is scheduled before such a neighbour, and one that yields i
 import os
 import time
 
-CROWDED = 100_000  # ns: a client on our CPU needs a few microseconds for its next request
-RETREAT = 20_000_000  # ns without spinning on a crowded CPU
+CROWDED = 200_000  # ns: a client on our CPU needs a few microseconds for its next request
+RETREAT = 2_000_000  # ns without spinning on a crowded CPU
 
 
 class Spin:
