@@ -4,7 +4,7 @@
 import logging
 from collections.abc import Callable, Hashable
 
-from vfio_user.device_models.tasks import TaskRunner, Work
+from vfio_user.device_models.tasks import TaskRunner
 from vfio_user.device_models.timers import Timer, Timers
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,3 @@ class HostBase:
         """Forget tasks and timers, as a device reset does; to be followed by `Device.reset`."""
         self.tasks.cancel_all()
         self.timers.clear()
-
-
-__all__ = ["HostBase", "Work", "log_task_error", "log_timer_error"]

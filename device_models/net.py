@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
-from vfio_user.device_models.device import Device, Host
+from vfio_user.device_models.device import Device
 from vfio_user.device_models.regions import Buffer
 
 
@@ -108,6 +108,3 @@ class NetDevice(Device):
     """A device model with a packet port; a NIC inherits from this and from `PciDevice`."""
 
     port: NetBackend
-
-
-NetDeviceFactory = Callable[[Host, NetBackend], NetDevice]

@@ -16,7 +16,7 @@ COMMAND_WRITABLE = 0x0547
 # master data parity, signalled and received aborts, system error, parity error (6.2.3)
 STATUS_WRITE_1_TO_CLEAR = 0xF900
 
-CAP_POWER_MANAGEMENT, CAP_MSI, CAP_VENDOR, CAP_MSIX = 0x01, 0x05, 0x09, 0x11
+CAP_POWER_MANAGEMENT, CAP_MSI, CAP_MSIX = 0x01, 0x05, 0x11
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,6 @@ def msix(vectors: int, table: tuple[int, int], pba: tuple[int, int]) -> Capabili
         raise ValueError(f"MSI-X has 1 to 2048 vectors, not {vectors}")
     body = struct.pack("<HII", vectors - 1, table[1] | table[0], pba[1] | pba[0])
     return Capability(CAP_MSIX, body, struct.pack("<H", 0xC000))
-
-
-def vendor_specific(data: bytes) -> Capability:
-    """Read-only bytes of the vendor's own; the length byte is put before them."""
-    return Capability(CAP_VENDOR, bytes([len(data) + 3]) + data)
 
 
 class ConfigSpace(Region):
