@@ -30,6 +30,14 @@ by the host, device time stands still, nothing is sent; the host fires no interr
 level of INTx and fires it on `resume`.
 
 **Time** is `host.clock()` and `host.call_at()`, in nanoseconds, frozen while the device is stopped.
+
+**State.** A device is saved while it is stopped, and restored into one that was made with the same options
+and is stopped, in a process that has never seen it. `sections` and `memories` say what its state is: all
+that its future depends on and that cannot be told from the rest of it. Owed work is state (how far a copy
+came, which write-backs are owed); tasks and timers are not, `restored` makes them anew. A time is saved as
+time left. What belongs to the connection (eventfds, the VMM's masks and mappings) is never saved; causes,
+levels, the masks that the guest sets and pending bits are. A restored state comes from an untrusted
+stream: no value that `load` lets pass may make the model raise, or loop, later.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -38,6 +46,8 @@ from enum import IntEnum
 from typing import Any, ClassVar, Protocol
 
 from vfio_user.device_models.regions import Buffer, Region, SharedMemory
+from vfio_user.device_models.state import Section
+from vfio_user.device_models.state_memory import StateMemory
 from vfio_user.device_models.tasks import Work, pause
 from vfio_user.device_models.timers import Timer
 
@@ -167,6 +177,12 @@ class Device:
     summary: ClassVar[str]
     """One line for `vfio-user list`."""
     options: ClassVar[tuple[Option, ...]] = ()
+    state_version: ClassVar[int] = 0
+    """Of the set of sections and memories; a larger one than the model's own is refused. 0: the model
+    cannot be saved and restored, and the server offers no migration."""
+    precise_dirty: bool = True
+    """False: the model cannot tell which guest pages it has written, so that all of its mapped writable
+    pages are reported as dirty."""
 
     regions: Mapping[int, Region]
     """By region index; CONFIG is always there."""
@@ -186,3 +202,18 @@ class Device:
     def counters(self) -> Mapping[str, int]:
         """Figures worth showing to a person, by name."""
         return {}
+
+    def sections(self) -> Sequence[Section]:
+        """The state, in the order in which it is applied; the same names at any time."""
+        return ()
+
+    def memories(self) -> Mapping[str, StateMemory]:
+        """Memory that is too large for a section, by name; the same names and sizes at any time."""
+        return {}
+
+    def restored(self) -> None:
+        """All of the state has been applied, and the host has forgotten tasks and timers: derive the rest.
+
+        Sets timers by the time that was left, starts the tasks that have work, drives the interrupt pin.
+        The host is stopped; what is started runs when it resumes.
+        """

@@ -4,6 +4,7 @@
 from vfio_user.device_models import pci
 from vfio_user.device_models.device import Host, IrqIndex
 from vfio_user.device_models.regions import Buffer, Region
+from vfio_user.device_models.state import Apply, Fields, Reader, Section
 
 TABLE_ENTRY = 16  # bytes: address, upper address, data, vector control (6.8.2)
 
@@ -39,6 +40,22 @@ class MsixRegion(Region):
         if offset < end:
             self._table[offset:end] = data[: end - offset]
 
+    def save(self) -> Fields:
+        """The table and the pending bits."""
+        table = self._table[: self._vectors * TABLE_ENTRY]
+        return {"table": table.hex(), "pending": _encode_bits(self.pending, self._vectors)}
+
+    def load(self, reader: Reader) -> Apply:
+        """See `state.Section.load`."""
+        table = reader.data("table", self._vectors * TABLE_ENTRY)
+        pending = _read_bits(reader, "pending", self._vectors)
+
+        def apply() -> None:
+            self._table[: len(table)] = table
+            self.pending = pending
+
+        return apply
+
 
 class Interrupts:
     """The interrupt side of a PCI function.
@@ -47,10 +64,17 @@ class Interrupts:
     MSI-X sends vector 0 when the level rises. `notify` sends a message and has no effect with INTx.
     """
 
-    def __init__(self, host: Host, config: pci.ConfigSpace, msix_region: MsixRegion | None = None) -> None:
+    def __init__(
+        self,
+        host: Host,
+        config: pci.ConfigSpace,
+        msix_region: MsixRegion | None = None,
+        msi_vectors: int = 0,
+    ) -> None:
         self._host = host
         self._config = config
         self._msix = msix_region
+        self._msi_vectors = msi_vectors
         self._msi_pending = 0
         self.level = False
 
@@ -110,3 +134,46 @@ class Interrupts:
             self._msix.reset()
         self._config.set_interrupt_status(False)
         self.update()
+
+    # State
+
+    def section(self) -> Section:
+        """Level, pending messages and the MSI-X table as a section of the state."""
+        return Section("interrupts", 1, self._save, self._load)
+
+    def _save(self) -> Fields:
+        return {
+            "level": self.level,
+            "msi_pending": _encode_bits(self._msi_pending, self._msi_vectors),
+            "msix": None if self._msix is None else self._msix.save(),
+        }
+
+    def _load(self, reader: Reader) -> Apply:
+        level = reader.flag("level")
+        msi_pending = _read_bits(reader, "msi_pending", self._msi_vectors)
+        if self._msix is None:
+            reader.null("msix")
+        apply_msix = None if self._msix is None else self._msix.load(reader.record("msix"))
+
+        def apply() -> None:
+            self.level, self._msi_pending = level, msi_pending
+            if apply_msix is not None:
+                apply_msix()
+
+        return apply
+
+    def restored(self) -> None:
+        """Show and drive the level. The host tells of each vector that can be delivered when it resumes."""
+        self._config.set_interrupt_status(self.level)
+        self.update()
+
+
+def _encode_bits(bits: int, count: int) -> str:
+    return (bits & (1 << count) - 1).to_bytes((count + 7) // 8, "little").hex()
+
+
+def _read_bits(reader: Reader, name: str, count: int) -> int:
+    bits = int.from_bytes(reader.data(name, (count + 7) // 8), "little")
+    if bits >> count:
+        reader.refuse(name, f"there are {count} vectors")
+    return bits

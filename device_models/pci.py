@@ -2,10 +2,11 @@
 """PCI configuration space: header, BARs, capabilities, built from values (PCI Local Bus 3.0, chapter 6)."""
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vfio_user.device_models.regions import Buffer, Region
+from vfio_user.device_models.state import U64, Apply, Fields, Reader, Section, Value
 
 COMMAND, STATUS, BAR0, SUBSYSTEM = 0x04, 0x06, 0x10, 0x2C
 CAPABILITIES, INTERRUPT_LINE, INTERRUPT_PIN = 0x34, 0x3C, 0x3D
@@ -180,3 +181,64 @@ class ConfigSpace(Region):
             mask, clear = self._writable[place], self._write_1_to_clear[place]
             self._bytes[place] = (self._bytes[place] & ~mask & ~(value & clear)) | (value & mask)
         self.on_change()
+
+    # State
+
+    def section(self) -> Section:
+        """The configuration space as a section of the state; `on_change` is not called."""
+        return Section("config", 1, self._save, self._load)
+
+    def _save(self) -> Fields:
+        bars: list[Value] = [
+            {"index": index, "size": bar.region.size, "flags": bar.flags} for index, bar in self.bars.items()
+        ]
+        return {"bars": bars, "bytes": self._bytes.hex()}
+
+    def _load(self, reader: Reader) -> Apply:
+        self._check_bars(reader, reader.records("bars", 6))
+        data = reader.data("bytes", self.size)
+        for offset, value in enumerate(data):
+            changeable = self._writable[offset] | self._write_1_to_clear[offset]
+            if offset == STATUS:
+                changeable |= STATUS_INTERRUPT  # shows the level
+            if (value ^ self._initial[offset]) & ~changeable:
+                reader.refuse("bytes", f"at {offset:#x}, {self._describe(offset, data)}")
+
+        def apply() -> None:
+            self._bytes[:] = data
+
+        return apply
+
+    def _check_bars(self, reader: Reader, bars: Sequence[Reader]) -> None:
+        """The addresses in the stream belong to BARs of just these sizes and kinds."""
+        found = {
+            bar.integer("index", 5): (bar.integer("size", U64), bar.integer("flags", 15)) for bar in bars
+        }
+        for index, own in self.bars.items():
+            if found.get(index) != (own.region.size, own.flags):
+                size, flags = found.get(index, (0, 0))
+                reader.refuse(
+                    "bars",
+                    f"BAR {index} has {size} bytes and flags {flags:#x} there, "
+                    f"{own.region.size} and {own.flags:#x} here",
+                )
+        if len(bars) != len(self.bars):
+            reader.refuse("bars", f"there are {len(bars)} BARs, {len(self.bars)} here")
+
+    def _describe(self, offset: int, data: bytes) -> str:
+        """What is wrong about a byte of `data` that has read-only bits of another device."""
+        for index, bar in self.bars.items():
+            start, width = BAR0 + 4 * index, 8 if bar.wide else 4
+            if start <= offset < start + width:
+                address = int.from_bytes(data[start : start + width], "little")
+                return f"BAR {index}: {address:#x} is no address for {bar.region.size} bytes of its kind"
+        name = next((name for name, place in _READ_ONLY if offset in place), "a read-only bit")
+        return f"{name} is not that of this device"
+
+
+_READ_ONLY = (
+    ("the vendor or device id", range(0, 4)),
+    ("the revision or class code", range(8, 12)),
+    ("the subsystem", range(SUBSYSTEM, SUBSYSTEM + 4)),
+    ("a capability", range(0x40, 0x100)),
+)

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The base of a PCI device model: configuration space, BARs and interrupts put together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from vfio_user.device_models import pci
 from vfio_user.device_models.device import Device, Host, IrqIndex, RegionIndex
 from vfio_user.device_models.interrupts import Interrupts, MsixRegion
+from vfio_user.device_models.state import Section
 
 
 class PciDevice(Device):
     """A device that is built from an identity, its BARs and the interrupts that it can use.
 
-    A subclass sets `identity`, gives its BARs to this constructor and overrides `reset_state`.
+    A subclass sets `identity`, gives its BARs to this constructor and overrides `reset_state`. One that
+    can be migrated sets `state_version` and overrides `state_sections`, and `restored` if it has anything
+    to derive.
     """
 
     identity: ClassVar[pci.Identity]
@@ -40,7 +43,7 @@ class PciDevice(Device):
             self.config.add_capability(pci.msi(msi_vectors))
         if table is not None:
             self.config.add_capability(pci.msix(msix_vectors, (table_bar, 0), (table_bar, table.pba_offset)))
-        self.interrupts = Interrupts(host, self.config, table)
+        self.interrupts = Interrupts(host, self.config, table, msi_vectors)
         self.regions = {index: bar.region for index, bar in all_bars.items()} | {
             RegionIndex.CONFIG: self.config
         }
@@ -68,3 +71,15 @@ class PciDevice(Device):
 
     def irq_unmasked(self, index: IrqIndex, vector: int) -> None:
         self.interrupts.unmasked(index, vector)
+
+    def sections(self) -> Sequence[Section]:
+        return (self.config.section(), self.interrupts.section(), *self.state_sections())
+
+    def state_sections(self) -> Sequence[Section]:
+        """The device's own state, beside configuration space and interrupts."""
+        return ()
+
+    def restored(self) -> None:
+        """Derive what hangs on configuration space and interrupts; called first by a subclass's own."""
+        self.interrupts.restored()
+        self._config_changed()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from vfio_user.device_models.regions import Buffer, Region
+from vfio_user.device_models.state import Apply, Fields, Reader, Section, Upgrade
 
 ReadHook = Callable[[int], int]
 """Gets the index in the array (0 for a single register), gives the value to read."""
@@ -49,6 +50,10 @@ class Register:
     stride: int = 0
     fields: tuple[Field, ...] = ()
     text: str = ""
+    internal: int = 0
+    """Bits that the device sets besides; of a register without writable bits all may be."""
+    derived: bool = False
+    """The value follows from other state: it is not saved."""
 
     def __post_init__(self) -> None:
         limit = 1 << (8 * self.width)
@@ -59,6 +64,13 @@ class Register:
             raise ValueError(f"register {self.name}: a bit is both writable and write-1-to-clear")
         if self.count > 1 and self.stride < self.width:
             raise ValueError(f"register {self.name}: stride {self.stride} is below the width {self.width}")
+
+    @property
+    def possible(self) -> int:
+        """The bits that can be set in its value."""
+        if not self.writable:
+            return (1 << 8 * self.width) - 1
+        return self.reset | self.writable | self.write_1_to_clear | self.read_to_clear | self.internal
 
 
 class Cell:
@@ -164,6 +176,32 @@ class RegisterFile(Region):
                 for cell in cells:
                     cell.value = cell.row.reset
 
+    def section(self, name: str, version: int = 1, upgrades: Mapping[int, Upgrade] | None = None) -> Section:
+        """The values of all registers as a section of the state, but of rows that are derived."""
+        return Section(name, version, self.save, self.load, upgrades or {})
+
+    def save(self) -> Fields:
+        """The values by row name, of arrays as lists."""
+        return {
+            name: cells[0].value if cells[0].row.count == 1 else [cell.value for cell in cells]
+            for name, cells in self._saved_arrays()
+        }
+
+    def load(self, reader: Reader) -> Apply:
+        """See `Section.load`. A value may have the bits that are `Register.possible`."""
+        values: list[tuple[Cell, int]] = []
+        for _, cells in self._saved_arrays():
+            values += zip(cells, _read_row(reader, cells[0].row), strict=True)
+
+        def apply() -> None:
+            for cell, value in values:
+                cell.value = value
+
+        return apply
+
+    def _saved_arrays(self) -> list[tuple[str, tuple[Cell, ...]]]:
+        return [(name, cells) for name, cells in self._arrays.items() if not cells[0].row.derived]
+
     def read(self, offset: int, count: int) -> bytes:
         cell = self._by_offset.get(offset)
         if cell is not None and cell.width == count:  # the way of nearly every driver
@@ -198,3 +236,14 @@ class RegisterFile(Region):
         if first and self._offsets[first - 1] + self._cells[first - 1].width > offset:
             first -= 1
         return self._cells[first : bisect_left(self._offsets, offset + count)]
+
+
+def _read_row(reader: Reader, row: Register) -> list[int]:
+    high = (1 << 8 * row.width) - 1
+    values = (
+        [reader.integer(row.name, high)] if row.count == 1 else reader.integers(row.name, high, row.count)
+    )
+    for value in values:
+        if value & ~row.possible:
+            reader.refuse(row.name, f"{value:#x} has bits that this register has not ({row.possible:#x})")
+    return values
