@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The host that the native engine gives to a device: guest memory, interrupts, tasks and time."""
+"""The hosts that the engines give to a device: guest memory, interrupts, tasks and time."""
 
 import time
 from collections.abc import Mapping
+from typing import Protocol
 
 from vfio_user.device_models.device import Device, IrqIndex
 from vfio_user.device_models.host import HostBase, log_timer_error
@@ -16,34 +17,49 @@ from vfio_user.server.shared_memory import MemfdMemory
 from vfio_user.transport.poller import Poller
 
 
-class ServerHost(HostBase):
+class IrqLines(Protocol):
+    """What a host needs of an engine's interrupts."""
+
+    @property
+    def fired(self) -> Mapping[IrqIndex, int]:
+        """How often an interrupt went out, by index."""
+
+    def set_level(self, level: bool) -> None:
+        """See `Host.set_irq_level`."""
+
+    def trigger(self, index: IrqIndex, vector: int) -> bool:
+        """See `Host.trigger_irq`."""
+
+    def enabled(self, index: IrqIndex) -> bool:
+        """See `Host.irq_enabled`."""
+
+    def stop(self) -> None:
+        """Fire nothing until `resume`."""
+
+    def resume(self) -> None:
+        """Fire INTx if its level is high, and tell the device of every deliverable vector."""
+
+    def release(self) -> None:
+        """The client has gone, and its eventfds and masks with it. The level of INTx stays."""
+
+
+class EngineHost(HostBase):
     """A `device.Host`. What belongs to a client goes with `detach`; the device and its state stay.
 
-    `irqs` and `ioeventfds` are there once `install` was called: they follow from the device.
+    A subclass sets `irqs` in `install`: they follow from the device.
     """
 
-    irqs: Irqs
-    ioeventfds: Ioeventfds
+    irqs: IrqLines
 
-    def __init__(
-        self, poller: Poller, *, trust_client_memory: bool = False, max_dma_maps: int = 65535
-    ) -> None:
+    def __init__(self, table: DmaTable) -> None:
         super().__init__(time.monotonic_ns, log_timer_error)
-        self._poller = poller
         self._memories: list[MemfdMemory] = []
-        self.table = DmaTable(max_regions=max_dma_maps, trust_client_memory=trust_client_memory)
-        self.dma = GuestMemory(self.table)
+        self.table = table
+        self.dma = GuestMemory(table)
 
     def install(self, device: Device) -> None:
         """Know the device, which has been made with this host; it is stopped until a client uses it."""
-        self.irqs = Irqs(self._poller, device.irqs, device.irq_unmasked)
-        self.ioeventfds = Ioeventfds(self._poller, device.regions)
         self.stop()
-
-    def attach(self, sender: DmaSender, *, max_dma_maps: int, max_transfer: int) -> None:
-        """A client has negotiated: DMA without shared memory goes to it by message."""
-        self.table.max_regions = max_dma_maps
-        self.dma.messages = MessageDma(sender, max_transfer)
 
     def detach(self) -> None:
         """The client has gone: stop the device, release the client's memory and descriptors."""
@@ -51,7 +67,6 @@ class ServerHost(HostBase):
         self.dma.messages = None
         self.table.unmap_all()
         self.irqs.release()
-        self.ioeventfds.release()
 
     def close(self) -> None:
         """The end: release everything. The device must not be used afterwards."""
@@ -91,3 +106,30 @@ class ServerHost(HostBase):
         """DMA by way, and interrupts by index."""
         fired = {f"irqs_{index.name.lower()}": count for index, count in self.irqs.fired.items()}
         return {f"dma_{name}": value for name, value in self.dma.counters.as_dict().items()} | fired
+
+
+class ServerHost(EngineHost):
+    """The native engine's. `irqs` and `ioeventfds` are there once `install` was called."""
+
+    irqs: Irqs
+    ioeventfds: Ioeventfds
+
+    def __init__(
+        self, poller: Poller, *, trust_client_memory: bool = False, max_dma_maps: int = 65535
+    ) -> None:
+        super().__init__(DmaTable(max_regions=max_dma_maps, trust_client_memory=trust_client_memory))
+        self._poller = poller
+
+    def install(self, device: Device) -> None:
+        self.irqs = Irqs(self._poller, device.irqs, device.irq_unmasked)
+        self.ioeventfds = Ioeventfds(self._poller, device.regions)
+        super().install(device)
+
+    def attach(self, sender: DmaSender, *, max_dma_maps: int, max_transfer: int) -> None:
+        """A client has negotiated: DMA without shared memory goes to it by message."""
+        self.table.max_regions = max_dma_maps
+        self.dma.messages = MessageDma(sender, max_transfer)
+
+    def detach(self) -> None:
+        super().detach()
+        self.ioeventfds.release()
