@@ -7,7 +7,6 @@ A `VfioUserError` becomes an error reply with its errno. Descriptors that came w
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vfio_user.device_models.regions import Region
@@ -21,18 +20,11 @@ from vfio_user.protocol.constants import (
     RegionInfoFlags,
 )
 from vfio_user.protocol.errors import DeviceError
+from vfio_user.server.answer import Answer
 from vfio_user.transport.fds import OwnedFd
 
 if TYPE_CHECKING:
     from vfio_user.server.session import Session
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A reply and the descriptors to go with it, which stay the server's."""
-
-    body: m.Message
-    fds: tuple[int, ...] = ()
 
 
 Handler = Callable[["Session", Any, list[OwnedFd]], Answer]
