@@ -51,6 +51,13 @@ LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
     help="Look for work so long before sleeping: less latency, more CPU.",
 )
 @click.option(
+    "--cpu-latency",
+    type=click.IntRange(0, 10_000),
+    metavar="MICROSECONDS",
+    help="While there is work, let idle CPUs wake within this time (0: they poll). All CPUs of the machine, "
+    "more power, less latency; needs root.",
+)
+@click.option(
     "--trust-client-memory",
     is_flag=True,
     help="Map guest memory that is not sealed against shrinking too. A client that truncates it "
@@ -75,6 +82,7 @@ def command(
     net: str | None,
     assignments: tuple[str, ...],
     spin: int,
+    cpu_latency: int | None,
     trust_client_memory: bool,
     max_dma_maps: int,
     stats: bool,
@@ -96,7 +104,12 @@ def command(
     max_dma_maps = min(max_dma_maps, files - min(OTHER_FILES, files // 2))
     if (socket_path is None) == (fd is None):
         fail("give either --socket-path PATH or --fd N")
-    settings = Settings(spin_us=spin, trust_client_memory=trust_client_memory, max_dma_maps=max_dma_maps)
+    settings = Settings(
+        spin_us=spin,
+        cpu_latency_us=cpu_latency,
+        trust_client_memory=trust_client_memory,
+        max_dma_maps=max_dma_maps,
+    )
     with ExitStack() as stack:
         try:
             server = stack.enter_context(NativeServer(settings))

@@ -22,6 +22,7 @@ from vfio_user.device_models.net import NetDevice
 from vfio_user.device_models.timers import NANOSECONDS, Timer, Timers
 from vfio_user.protocol import capabilities
 from vfio_user.protocol.errors import DeviceError, VfioUserError
+from vfio_user.server.cpu_latency import CpuLatency
 from vfio_user.server.engines.spin import Spin
 from vfio_user.server.host import EngineHost
 from vfio_user.transport.poller import Poller
@@ -41,6 +42,8 @@ class Settings:
     """How long to look for work before sleeping."""
     trust_client_memory: bool = False
     """Map files that the client could shrink under us (SIGBUS) instead of reading and writing them."""
+    cpu_latency_us: int | None = None
+    """Ask the kernel that idle CPUs wake within so many microseconds while there is work; None: do not."""
     max_dma_maps: int = 65535
     max_msg_fds: int = 16
     max_data_xfer_size: int = 1 << 20
@@ -73,6 +76,9 @@ class Engine(Generic[H]):
         self.device: Device | None = None
         self._timers = Timers(time.monotonic_ns, log_failure)
         self._spin = Spin(settings.spin_us * 1000)
+        self._worked = False
+        limit = settings.cpu_latency_us
+        self._latency = None if limit is None else CpuLatency(limit, self.call_later)
         self.clients_served = 0
         self.client_left: Callable[[], None] | None = None
         """Called when a client has left and what was its own is released."""
@@ -87,6 +93,8 @@ class Engine(Generic[H]):
 
     def close(self) -> None:
         """Let go of the client, the memory and every descriptor."""
+        if self._latency is not None:
+            self._latency.close()
         self.host.close()
         self.poller.close()
 
@@ -149,6 +157,7 @@ class Engine(Generic[H]):
         while idle_since - start < SLICE:
             if self.turn():
                 idle_since = time.monotonic_ns()
+                self._worked = True
             elif not self._spin.look_again(idle_since):
                 return True
         return False
@@ -159,6 +168,9 @@ class Engine(Generic[H]):
             idle = self._work()
             if self.ended:
                 return
+            if self._worked and self._latency is not None:
+                self._latency.note_work()
+            self._worked = False
             if idle:
                 await self._sleep()
             else:

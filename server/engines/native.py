@@ -85,7 +85,7 @@ class NativeServer(Engine[ServerHost]):
         self.clients_served += 1
         self._channel = Channel(sock)
         self._session = Session(self.device, self.host, self._channel, self.settings.version())
-        self.poller.register(self._channel.fileno(), self._receive)
+        self.poller.register(self._channel.fileno(), self._receive, urgent=True)
         logger.info("client %d attached", self.clients_served)
 
     def _detach(self) -> None:
@@ -152,7 +152,7 @@ class NativeServer(Engine[ServerHost]):
             session.serve()  # requests that had to wait
             if not channel.pending:
                 self.poller.watch_writable(channel.fileno(), None)
-                self.poller.register(channel.fileno(), self._receive)
+                self.poller.register(channel.fileno(), self._receive, urgent=True)
                 return
         self.poller.watch_writable(channel.fileno(), self._send_owed)
         if channel.congested:

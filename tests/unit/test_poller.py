@@ -123,3 +123,33 @@ def test_with_a_hook_the_others_are_served(events: list[int]) -> None:
         assert poller.poll()
     assert [str(error) for error in errors] == ["by intention"]
     assert called == [1, 1]
+
+
+def test_urgent_ones_are_served_between_pieces_of_other_work(poller: Poller, events: list[int]) -> None:
+    called: list[str] = []
+
+    def long_work() -> None:
+        drain(events[0])
+        os.eventfd_write(events[1], 1)
+        os.eventfd_write(events[2], 1)
+        poller.poll_urgent()
+        called.append("work")
+
+    def urgent() -> None:
+        drain(events[1])
+        called.append("urgent")
+
+    poller.register(events[0], long_work)
+    poller.register(events[1], urgent, urgent=True)
+    poller.register(events[2], lambda: called.append("other"))
+    os.eventfd_write(events[0], 1)
+    poller.poll()
+    assert called == ["urgent", "work"]
+
+
+def test_an_urgent_one_that_is_unregistered_is_not_served_any_more(poller: Poller, events: list[int]) -> None:
+    poller.register(events[0], lambda: pytest.fail("it was unregistered"), urgent=True)
+    poller.unregister(events[0])
+    os.eventfd_write(events[0], 1)
+    poller.poll_urgent()
+    assert not poller.poll()
