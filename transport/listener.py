@@ -33,28 +33,34 @@ class ListenError(OSError):
         return cls(f"cannot listen on {path}: {error.strerror or error}: {hint}")
 
 
+class SocketFile:
+    """The file of a listening socket that has just been made; `remove` it at the end, if it is still ours."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._identity = _identity(path)
+
+    def remove(self) -> None:
+        if self._identity == _identity(self.path):
+            self.path.unlink(missing_ok=True)
+
+
 class Listener:
-    """A listening AF_UNIX socket, and the file that goes with it, removed when closed if it is still ours."""
+    """A listening AF_UNIX socket, and the file that goes with it, removed when closed."""
 
     def __init__(self, sock: socket.socket, path: Path | None = None) -> None:
         sock.setblocking(False)
         self.socket = sock
-        self.path = path
-        self._identity = None if path is None else _identity(path)
+        self._file = None if path is None else SocketFile(path)
 
     @classmethod
     def bind(cls, path: Path) -> "Listener":
         """Listen at `path`; a socket file that nobody serves any more is replaced."""
-        if len(os.fsencode(path)) > SUN_PATH_SIZE:
-            raise ListenError(f"the socket path has more than {SUN_PATH_SIZE} bytes: choose a shorter one")
+        clear_path(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            _remove_stale(path)
             sock.bind(os.fspath(path))
             sock.listen(BACKLOG)
-        except ListenError:
-            sock.close()
-            raise
         except OSError as error:
             sock.close()
             raise ListenError.at(path, error) from error
@@ -90,8 +96,8 @@ class Listener:
 
     def close(self) -> None:
         self.socket.close()
-        if self.path is not None and self._identity == _identity(self.path):
-            self.path.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.remove()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -108,6 +114,18 @@ def _connected(sock: socket.socket) -> bool:
     except OSError:
         return False
     return True
+
+
+def clear_path(path: Path) -> None:
+    """Make room for a socket at `path`: remove one that nobody serves any more. ListenError: no room."""
+    if len(os.fsencode(path)) > SUN_PATH_SIZE:
+        raise ListenError(f"the socket path has more than {SUN_PATH_SIZE} bytes: choose a shorter one")
+    try:
+        _remove_stale(path)
+    except ListenError:
+        raise
+    except OSError as error:
+        raise ListenError.at(path, error) from error
 
 
 def _remove_stale(path: Path) -> None:
