@@ -17,6 +17,3 @@ class Memory(PciDevice):
     def __init__(self, host: Host) -> None:
         self.memory = RamRegion(SIZE)
         super().__init__(host, {1: Bar(self.memory)})
-
-    def reset_state(self) -> None:
-        self.memory.clear()

@@ -184,9 +184,9 @@ class ConfigSpace(Region):
 
     # State
 
-    def section(self) -> Section:
+    def section(self, name: str) -> Section:
         """The configuration space as a section of the state; `on_change` is not called."""
-        return Section("config", 1, self._save, self._load)
+        return Section(name, 1, self._save, self._load)
 
     def _save(self) -> Fields:
         bars: list[Value] = [

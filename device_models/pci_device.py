@@ -7,15 +7,18 @@ from typing import ClassVar
 from vfio_user.device_models import pci
 from vfio_user.device_models.device import Device, Host, IrqIndex, RegionIndex
 from vfio_user.device_models.interrupts import Interrupts, MsixRegion
+from vfio_user.device_models.regions import StreamedMemory
 from vfio_user.device_models.state import Section
+from vfio_user.device_models.state_memory import StateMemory
 
 
 class PciDevice(Device):
     """A device that is built from an identity, its BARs and the interrupts that it can use.
 
     A subclass sets `identity`, gives its BARs to this constructor and overrides `reset_state`. One that
-    can be migrated sets `state_version` and overrides `state_sections`, and `restored` if it has anything
-    to derive.
+    can be migrated sets `state_version`. What its BARs hold (register tables, memory) is saved and restored
+    here; of what it keeps elsewhere it makes sections of its own (`state_sections`), and what follows from
+    the rest (tasks, timers, an interrupt's level) it derives in `restored`.
     """
 
     identity: ClassVar[pci.Identity]
@@ -66,18 +69,24 @@ class PciDevice(Device):
         self.reset_state()
 
     def reset_state(self) -> None:
-        """Bring the device's own registers to their values after power-on."""
-        raise NotImplementedError
+        """Bring the device's own state to what it is after power-on: by default, what its BARs hold."""
+        for bar in self.config.bars.values():
+            bar.region.reset()
 
     def irq_unmasked(self, index: IrqIndex, vector: int) -> None:
         self.interrupts.unmasked(index, vector)
 
     def sections(self) -> Sequence[Section]:
-        return (self.config.section(), self.interrupts.section(), *self.state_sections())
+        return (self.config.section("config"), self.interrupts.section(), *self.state_sections())
 
     def state_sections(self) -> Sequence[Section]:
-        """The device's own state, beside configuration space and interrupts."""
-        return ()
+        """The state beside configuration space and interrupts: by default, what the BARs hold."""
+        found = (bar.region.section(f"bar{index}") for index, bar in self.config.bars.items())
+        return [section for section in found if section is not None]
+
+    def memories(self) -> Mapping[str, StateMemory]:
+        regions = {f"bar{index}": bar.region for index, bar in self.config.bars.items()}
+        return {name: region for name, region in regions.items() if isinstance(region, StreamedMemory)}
 
     def restored(self) -> None:
         """Derive what hangs on configuration space and interrupts; called first by a subclass's own."""

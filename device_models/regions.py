@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a device shows at a region index: the base class, and plain memory."""
 
+import re
 from dataclasses import dataclass
 from typing import Protocol
+
+from vfio_user.device_models.state import Apply, Fields, Reader, Section
+from vfio_user.device_models.state_memory import WriteLog
 
 Buffer = bytes | bytearray | memoryview
 
@@ -57,6 +61,13 @@ class Region:
         """Take `data` at `offset`. Never waits; `data` is not kept after the call."""
         raise NotImplementedError
 
+    def reset(self) -> None:
+        """Bring what the region holds to its value after power-on."""
+
+    def section(self, name: str) -> Section | None:
+        """What the region holds as a section of the device's state, if it holds anything."""
+        return None
+
 
 class RamRegion(Region):
     """Plain memory, that the VMM may map if it is `shared`."""
@@ -68,12 +79,79 @@ class RamRegion(Region):
         if shared is not None:
             self.mmap_areas = (Area(0, size),)
 
-    def clear(self) -> None:
+    def reset(self) -> None:
         """Fill with zeros."""
         self._view[:] = bytes(self.size)
+
+    def section(self, name: str) -> Section:
+        """The bytes; for memory of a few KiB. See `StreamedMemory` for more."""
+        return Section(name, 1, self.save, self.load)
+
+    def save(self) -> Fields:
+        """See `state.Section`."""
+        return {"bytes": self._view.hex()}
+
+    def load(self, reader: Reader) -> Apply:
+        """See `state.Section`."""
+        data = reader.data("bytes", self.size)
+
+        def apply() -> None:
+            self._view[:] = data
+
+        return apply
 
     def read(self, offset: int, count: int) -> bytes:
         return bytes(self._view[offset : offset + count])
 
     def write(self, offset: int, data: Buffer) -> None:
         self._view[offset : offset + len(data)] = data
+
+
+class StreamedMemory(Region):
+    """Plain memory that is a `StateMemory` too. The VMM cannot map it, so that every write is known."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._view = memoryview(bytearray(size))
+        self._log = WriteLog(size)
+        self.start_log, self.stop_log, self.take = self._log.start, self._log.stop, self._log.take
+
+    @property
+    def view(self) -> memoryview:
+        """See `StateMemory.view`."""
+        return self._view
+
+    @property
+    def pending(self) -> int:
+        """See `StateMemory.pending`."""
+        return self._log.pending
+
+    def reset(self) -> None:
+        """Fill with zeros."""
+        for offset, length in self._log.used():
+            self._view[offset : offset + length] = bytes(length)
+        self._log.mark_zeroed()
+
+    def adopt(self, memory: memoryview) -> memoryview:
+        """See `StateMemory.adopt`. ValueError if it does not fit."""
+        if len(memory) != self.size or memory.readonly:
+            raise ValueError(f"{len(memory)} bytes cannot take the place of {self.size} writable ones")
+        before, self._view = self._view, memory
+        self._log.mark(0, self.size)
+        return before
+
+    def read(self, offset: int, count: int) -> bytes:
+        return bytes(self._view[offset : offset + count])
+
+    def write(self, offset: int, data: Buffer) -> None:
+        self._log.mark(offset, len(data))
+        self._view[offset : offset + len(data)] = data
+
+
+def parse_size(text: str) -> int:
+    """For options, the size of a memory BAR: 0, or a power of two from 4K to 1G (bytes, or with K, M, G)."""
+    match = re.fullmatch(r"([0-9]{1,10})([KMG]?)", text)
+    size = int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]] if match else -1
+    if size and not (4096 <= size <= 1 << 30 and size & (size - 1) == 0):
+        raise ValueError(f"it is 0, or a power of two from 4K to 1G, not {text!r}")
+    return size

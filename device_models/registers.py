@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from vfio_user.device_models.regions import Buffer, Region
+from vfio_user.device_models.regions import Buffer, RamRegion, Region
 from vfio_user.device_models.state import Apply, Fields, Reader, Section, Upgrade
 
 ReadHook = Callable[[int], int]
@@ -128,12 +128,12 @@ class RegisterFile(Region):
         rows: Iterable[Register],
         on_read: Mapping[str, ReadHook] | None = None,
         on_write: Mapping[str, WriteHook] | None = None,
-        background: Region | None = None,
+        background: RamRegion | None = None,
     ) -> None:
         """Raise ValueError for rows that overlap or leave the region, and for hooks of unknown names."""
         super().__init__(size)
         self.rows = tuple(rows)
-        self._background = background
+        self.background = background
         on_read, on_write = on_read or {}, on_write or {}
         unknown = (on_read.keys() | on_write.keys()) - {row.name for row in self.rows}
         if unknown:
@@ -160,6 +160,11 @@ class RegisterFile(Region):
             if cell.offset + cell.width > other.offset:
                 raise ValueError(f"registers {cell.name} and {other.name} overlap at {other.offset:#x}")
 
+    @property
+    def cells(self) -> list[Cell]:
+        """All registers by their offsets, for the device's own use."""
+        return self._cells
+
     def cell(self, name: str, index: int = 0) -> Cell:
         """The register `name` for the device's own use."""
         return self._arrays[name][index]
@@ -168,21 +173,21 @@ class RegisterFile(Region):
         """All registers of the row `name`."""
         return self._arrays[name]
 
-    def reset(self, keep: Iterable[str] = ()) -> None:
-        """Set every register to its reset value, but those of the rows in `keep`; no background."""
-        kept = frozenset(keep)
-        for name, cells in self._arrays.items():
-            if name not in kept:
-                for cell in cells:
-                    cell.value = cell.row.reset
+    def reset(self) -> None:
+        """Set every register to its reset value, and the background to zeros."""
+        for cell in self._cells:
+            cell.value = cell.row.reset
+        if self.background is not None:
+            self.background.reset()
 
     def section(self, name: str, version: int = 1, upgrades: Mapping[int, Upgrade] | None = None) -> Section:
         """The values of all registers as a section of the state, but of rows that are derived."""
         return Section(name, version, self.save, self.load, upgrades or {})
 
     def save(self) -> Fields:
-        """The values by row name, of arrays as lists."""
-        return {
+        """The values by row name, of arrays as lists, and the background."""
+        background: Fields = {} if self.background is None else {"background": self.background.save()}
+        return background | {
             name: cells[0].value if cells[0].row.count == 1 else [cell.value for cell in cells]
             for name, cells in self._saved_arrays()
         }
@@ -192,8 +197,12 @@ class RegisterFile(Region):
         values: list[tuple[Cell, int]] = []
         for _, cells in self._saved_arrays():
             values += zip(cells, _read_row(reader, cells[0].row), strict=True)
+        background = self.background
+        apply_background = background.load(reader.record("background")) if background is not None else None
 
         def apply() -> None:
+            if apply_background is not None:
+                apply_background()
             for cell, value in values:
                 cell.value = value
 
@@ -206,7 +215,7 @@ class RegisterFile(Region):
         cell = self._by_offset.get(offset)
         if cell is not None and cell.width == count:  # the way of nearly every driver
             return cell.read().to_bytes(count, "little")
-        background = self._background
+        background = self.background
         if background is not None and offset + count <= self._first:
             return background.read(offset, count)
         result = bytearray(count if background is None else background.read(offset, count))
@@ -222,8 +231,8 @@ class RegisterFile(Region):
         if cell is not None and cell.width == count:
             cell.write(int.from_bytes(data, "little"))
             return
-        if self._background is not None:
-            self._background.write(offset, data)
+        if self.background is not None:
+            self.background.write(offset, data)
         for cell in self.touched(offset, count):
             start, end = max(cell.offset, offset), min(cell.offset + cell.width, offset + count)
             shift = 8 * (start - cell.offset)

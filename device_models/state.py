@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from vfio_user.device_models.regions import Buffer
-
 Value = int | str | bool | None | list["Value"] | dict[str, "Value"]
 Fields = dict[str, Value]
 """What a section holds, by name; bytes are hexadecimal text."""
@@ -225,11 +223,6 @@ def load_sections(sections: Iterable[Section], saved: SavedSections) -> list[App
         if name not in known:
             raise StateError(_short(name), "", "this device has no such section")
     return [section.prepare(*saved.get(name, (0, {}))) for name, section in known.items()]
-
-
-def encode_bytes(data: Buffer) -> str:
-    """Bytes as a field's value."""
-    return data.hex()
 
 
 def time_left(deadline: int, now: int) -> int:

@@ -4,8 +4,6 @@
 from collections.abc import Iterator
 from typing import Protocol
 
-from vfio_user.device_models.regions import Buffer, Region
-
 PAGE = 4096
 _PIECE = 1 << 20
 
@@ -116,44 +114,3 @@ class WriteLog:
 
     def _range(self, first: int, end: int) -> tuple[int, int]:
         return first * PAGE, min(end * PAGE, self._size) - first * PAGE
-
-
-class StreamedMemory(Region):
-    """Plain memory as a region and as a `StateMemory`. The VMM cannot map it, so every write is known."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self._view = memoryview(bytearray(size))
-        self._log = WriteLog(size)
-        self.start_log, self.stop_log, self.take = self._log.start, self._log.stop, self._log.take
-
-    @property
-    def view(self) -> memoryview:
-        """See `StateMemory.view`."""
-        return self._view
-
-    @property
-    def pending(self) -> int:
-        """See `StateMemory.pending`."""
-        return self._log.pending
-
-    def clear(self) -> None:
-        """Fill with zeros."""
-        for offset, length in self._log.used():
-            self._view[offset : offset + length] = bytes(length)
-        self._log.mark_zeroed()
-
-    def adopt(self, memory: memoryview) -> memoryview:
-        """See `StateMemory.adopt`. ValueError if it does not fit."""
-        if len(memory) != self.size or memory.readonly:
-            raise ValueError(f"{len(memory)} bytes cannot take the place of {self.size} writable ones")
-        before, self._view = self._view, memory
-        self._log.mark(0, self.size)
-        return before
-
-    def read(self, offset: int, count: int) -> bytes:
-        return bytes(self._view[offset : offset + count])
-
-    def write(self, offset: int, data: Buffer) -> None:
-        self._log.mark(offset, len(data))
-        self._view[offset : offset + len(data)] = data

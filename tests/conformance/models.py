@@ -28,10 +28,6 @@ class Mappable(PciDevice):
         self.sparse.mmap_areas = (Area(PAGE, PAGE), Area(3 * PAGE, PAGE))
         super().__init__(host, {0: Bar(self.whole), 2: Bar(self.sparse)})
 
-    def reset_state(self) -> None:
-        self.whole.clear()
-        self.sparse.clear()
-
 
 class _Bells(Region):
     """Counts the writes to each doorbell; reading a place gives the count of its last writes."""

@@ -72,7 +72,7 @@ OPTIONS = {
     "number out of range": (["scratch", "--max-dma-maps", "0"], "1<=x<=65535"),
     "engine": (["scratch", "--engine", "steam"], "steam"),
     "two models": (["scratch", "faulty"], "faulty"),
-    "unknown setting": (["scratch", "--set", "colour=red"], "it has no options"),
+    "unknown setting": (["scratch", "--set", "colour=red"], "its options are memory"),
     "setting without value": (["faulty", "--set", "fail"], "NAME=VALUE"),
     "setting out of range": (["faulty", "--set", "fail=nicely"], "constructor"),
     "backend": (["e1000", "--net", "carrier-pigeon"], "there are: echo"),

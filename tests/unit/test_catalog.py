@@ -60,7 +60,7 @@ def test_a_users_module_that_fails_to_import(tmp_path: Path, monkeypatch: pytest
 def test_options_that_cannot_be_used() -> None:
     with pytest.raises(OptionError, match="write NAME=VALUE"):
         parse_options(E1000, ["mac"])
-    with pytest.raises(OptionError, match="scratch has no option 'x'; it has no options"):
+    with pytest.raises(OptionError, match="scratch has no option 'x'; its options are memory"):
         parse_options(Scratch, ["x=1"])
     with pytest.raises(OptionError, match="e1000 has no option 'x'; its options are fcs, itr, mac, verify"):
         parse_options(E1000, ["x=1"])
