@@ -8,21 +8,22 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import click
 import trio
 
+from vfio_user.cli.engines import ENGINES
 from vfio_user.cli.log_limit import LogLimit
 from vfio_user.cli.main import fail
 from vfio_user.device_models.catalog import load_model, make_device, parse_options
-from vfio_user.device_models.device import Device, OptionError
+from vfio_user.device_models.device import Device, Host, OptionError
 from vfio_user.device_models.net import NetBackend, NetDevice
 from vfio_user.protocol.errors import VfioUserError
-from vfio_user.server.engines.native import NativeServer, Settings
-from vfio_user.server.host import ServerHost
+from vfio_user.server.engines.engine import Engine, Settings
+from vfio_user.server.engines.libvfio_user_library import LibraryError
 from vfio_user.server.net.errors import BackendError
 from vfio_user.server.net.factory import open_backend
-from vfio_user.transport.listener import Listener
 
 DEFAULTS = Settings()
 DEFAULT_NET = "echo"
@@ -34,7 +35,13 @@ LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 @click.argument("model")
 @click.option("--socket-path", type=click.Path(path_type=Path), help="UNIX socket to listen on.")
 @click.option("--fd", type=click.IntRange(0), help="Inherited UNIX socket, listening or connected.")
-@click.option("--engine", type=click.Choice(["native"]), default="native", help="Who speaks the protocol.")
+@click.option(
+    "--engine",
+    type=click.Choice(list(ENGINES)),
+    default="native",
+    show_default=True,
+    help="Who speaks the protocol. libvfio-user is a library in C, for clients that are trusted.",
+)
 @click.option(
     "--net",
     "net",
@@ -112,15 +119,13 @@ def command(
     )
     with ExitStack() as stack:
         try:
-            server = stack.enter_context(NativeServer(settings))
+            server = stack.enter_context(ENGINES[engine](settings))
             server.install(_maker(server, model, net, assignments, stack))
             if socket_path is not None:
-                listener = Listener.bind(socket_path)
-                stack.callback(listener.close)
-                server.listen(listener)
+                server.listen_at(socket_path)
             elif fd is not None:
-                server.adopt(Listener.adopt(fd))
-        except (OptionError, BackendError, VfioUserError, OSError) as error:
+                server.adopt_fd(fd)
+        except (OptionError, BackendError, LibraryError, VfioUserError, OSError) as error:
             fail(str(error))
         trio.run(_serve, server, socket_path or f"descriptor {fd}", stats)
 
@@ -138,8 +143,8 @@ def _allow_many_files() -> int:
 
 
 def _maker(
-    server: NativeServer, name: str, net: str | None, assignments: tuple[str, ...], stack: ExitStack
-) -> Callable[[ServerHost], Device]:
+    server: Engine[Any], name: str, net: str | None, assignments: tuple[str, ...], stack: ExitStack
+) -> Callable[[Host], Device]:
     if ":" in name:
         sys.path.append(str(Path.cwd()))  # for the user's own module: a console script does not look there
     model = load_model(name)
@@ -154,7 +159,7 @@ def _maker(
     return lambda host: make_device(model, host, backend, options)
 
 
-async def _serve(server: NativeServer, where: Path | str, stats: bool) -> None:
+async def _serve(server: Engine[Any], where: Path | str, stats: bool) -> None:
     show = print_counters if stats else _print_nothing
     server.client_left = lambda: show(server, f"client {server.clients_served} has left")
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
@@ -170,16 +175,16 @@ async def _serve(server: NativeServer, where: Path | str, stats: bool) -> None:
     show(server, "the end")
 
 
-async def _run(server: NativeServer, scope: trio.CancelScope) -> None:
+async def _run(server: Engine[Any], scope: trio.CancelScope) -> None:
     await server.run()
     scope.cancel()  # an adopted connection has ended: there is nobody else to wait for
 
 
-def print_counters(server: NativeServer, occasion: str) -> None:
+def print_counters(server: Engine[Any], occasion: str) -> None:
     """A title, one `name value` a line (the device's, its network's, the DMA's), and an empty line."""
     lines = [f"# counters: {occasion}", *(f"{name} {value}" for name, value in server.counters().items()), ""]
     print("\n".join(lines), flush=True)
 
 
-def _print_nothing(_server: NativeServer, _occasion: str) -> None:
+def _print_nothing(_server: Engine[Any], _occasion: str) -> None:
     """Without --stats."""

@@ -114,6 +114,10 @@ class Engine(Generic[H]):
         """Listen at `path`; the socket file goes with `close`. OSError with what to do when that fails."""
         raise NotImplementedError
 
+    def adopt_fd(self, fd: int) -> None:
+        """Serve an inherited socket (`--fd`). OSError or DeviceError when that cannot be."""
+        raise NotImplementedError
+
     def call_later(self, nanoseconds: int, callback: Callable[[], None]) -> Timer:
         """For backends (`CallLater`): real time, which goes on while the device is stopped."""
         return self._timers.call_at(self._timers.clock() + nanoseconds, callback)

@@ -60,6 +60,9 @@ class NativeServer(Engine[ServerHost]):
         if self._listener is not None:
             self.poller.register(self._listener.socket.fileno(), self._accept)
 
+    def adopt_fd(self, fd: int) -> None:
+        self.adopt(Listener.adopt(fd))
+
     def adopt(self, inherited: Listener | socket.socket) -> None:
         """Take a socket that somebody else made (`--fd`): a listening one, or a client that is there."""
         if isinstance(inherited, Listener):

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What libvfio-user is told of a device, and what it calls: accesses, memory, interrupt masks, reset."""
+
+import ctypes
+import errno
+from collections.abc import Callable
+
+from vfio_user.device_models.device import Device, IrqIndex
+from vfio_user.device_models.regions import Area, Region
+from vfio_user.protocol.constants import SCM_MAX_FD
+from vfio_user.protocol.errors import DeviceError
+from vfio_user.server.engines import libvfio_user_abi as abi
+from vfio_user.server.engines.libvfio_user_context import Context, RegionAccess
+from vfio_user.server.engines.libvfio_user_host import LibraryHost
+
+
+class Callbacks:
+    """Between a context and a device. `client_lost` is called when the library lets go of its client."""
+
+    def __init__(
+        self, context: Context, host: LibraryHost, device: Device, client_lost: Callable[[], None]
+    ) -> None:
+        self._context = context
+        self._host = host
+        self._device = device
+        self._client_lost = client_lost
+
+    def set_up(self, max_dma_maps: int) -> None:
+        """Tell the library of the device. DeviceError: it has something that the library cannot have."""
+        context, dma = self._context, self._host.library_dma
+        for index, region in self._device.regions.items():
+            self._set_up_region(index, region)
+        for irq in IrqIndex:
+            context.setup_irqs(irq, self._device.irqs.get(irq, 0), self._state_changer(irq))
+        context.setup_dma(dma.register, dma.unregister, max_dma_maps)
+        context.setup_life(self._quiesce, self._reset)
+        context.realize()
+
+    # Regions
+
+    def _set_up_region(self, index: int, region: Region) -> None:
+        if not 0 <= index < abi.REGIONS:
+            raise DeviceError(f"libvfio-user has no region {index}")
+        fd = -1
+        areas: tuple[Area, ...] = ()
+        if region.memory is not None and region.mmap_areas:
+            fd = self._host.memory_fd(region.memory)
+            areas = region.mmap_areas if region.mmap_areas != (Area(0, region.size),) else ()
+        self._context.setup_region(
+            index, region.size, self._accessor(index, region), _flags(index), areas, fd
+        )
+        offer = self._host.ioeventfds.offer(index, SCM_MAX_FD)
+        for sub_region in reversed(offer.sub_regions):  # the library puts each before those that it has
+            self._context.create_ioeventfd(index, offer.fds[sub_region.fd_index], sub_region)
+
+    def _accessor(self, index: int, region: Region) -> RegionAccess:
+        host = self._host
+
+        def region_access(_context: object, buffer: int, count: int, offset: int, is_write: bool) -> int:
+            if not host.running:
+                host.resume()  # the client has set itself up and begins to use the device
+            if is_write:
+                if not region.writable:
+                    raise DeviceError(f"region {index} cannot be written", errno.EPERM)
+                region.write(offset, ctypes.string_at(buffer, count))
+            else:
+                if not region.readable:
+                    raise DeviceError(f"region {index} cannot be read", errno.EPERM)
+                data = bytes(memoryview(region.read(offset, count)))
+                if len(data) != count:
+                    raise ValueError(f"region {index} gave {len(data)} bytes, not {count}")
+                ctypes.memmove(buffer, data, count)
+            return count
+
+        return region_access
+
+    # Interrupts
+
+    def _state_changer(self, irq: IrqIndex) -> Callable[[int, int, bool], None]:
+        def change_state(start: int, count: int, masked: bool) -> None:
+            self._host.irqs.change_state(irq, start, count, masked)
+
+        return change_state
+
+    # Life
+
+    def _quiesce(self) -> None:
+        """Nothing is under way: tasks run between requests, and hold no memory over an await."""
+
+    def _reset(self, why: abi.Reset) -> None:
+        if why is abi.Reset.LOST_CONN:
+            self._client_lost()
+            return
+        if not self._host.running:
+            self._host.resume()
+        self._host.reset()
+        self._device.reset()
+
+
+def _flags(index: int) -> abi.RegionFlag:
+    """Both directions for the configuration space, as the library demands; `region_access` refuses."""
+    both = abi.RegionFlag.READ | abi.RegionFlag.WRITE
+    return both | (abi.RegionFlag.ALWAYS_CB if index == abi.CONFIG_REGION else abi.RegionFlag.MEM)
