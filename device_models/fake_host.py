@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from vfio_user.device_models.device import DmaError, IrqIndex
+from vfio_user.device_models.device import Device, DmaError, IrqIndex
 from vfio_user.device_models.host import HostBase
 from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.tasks import Completion
@@ -112,13 +112,36 @@ class FakeHost(HostBase):
         self.masked: set[tuple[IrqIndex, int]] = set()
         self.fired: list[tuple[IrqIndex, int]] = []
         """The MSI and MSI-X messages delivered so far."""
+        self.device: Device | None = None
+        """Told of vectors that can be delivered again, if it is set."""
+
+    def stop(self) -> None:
+        """As an engine does when it is asked to: replies that have come are taken note of."""
+        self.settle()
+        super().stop()
+
+    def resume(self) -> None:
+        """Run, and tell the device of every vector that can be delivered."""
+        super().resume()
+        for index in (IrqIndex.MSI, IrqIndex.MSIX):
+            for vector in range(self.device.irqs.get(index, 0) if self.device is not None else 0):
+                self._announce(index, vector)
+
+    def unmask(self, index: IrqIndex, vector: int) -> None:
+        """Take the mask of a vector away; the device fires what is pending."""
+        self.masked.discard((index, vector))
+        self._announce(index, vector)
+
+    def _announce(self, index: IrqIndex, vector: int) -> None:
+        if self.device is not None and index in self.enabled_irqs and (index, vector) not in self.masked:
+            self.device.irq_unmasked(index, vector)
 
     def set_irq_level(self, level: bool) -> None:
         self.irq_rises += level and not self.irq_level
         self.irq_level = level
 
     def trigger_irq(self, index: IrqIndex, vector: int) -> bool:
-        if index not in self.enabled_irqs or (index, vector) in self.masked:
+        if not self.running or index not in self.enabled_irqs or (index, vector) in self.masked:
             return False
         self.fired.append((index, vector))
         return True

@@ -39,6 +39,10 @@ class HostBase:
     def call_at(self, deadline: int, callback: Callable[[], None]) -> Timer:
         return self.timers.call_at(deadline, callback)
 
+    def settle(self) -> None:
+        """For a stop that is asked for: first let tasks take note of the replies that have come."""
+        self.tasks.settle()
+
     def stop(self) -> None:
         """Cut every task, freeze device time. Work that was under way is begun anew by `resume`."""
         self.tasks.stop()

@@ -77,7 +77,7 @@ async def pause() -> None:
 
 
 class _Task:
-    __slots__ = ("again", "cancelled", "coroutine", "key", "work")
+    __slots__ = ("again", "answered", "cancelled", "coroutine", "key", "work")
 
     def __init__(self, key: Hashable, work: Work) -> None:
         self.key = key
@@ -85,6 +85,7 @@ class _Task:
         self.coroutine: Coroutine[Any, Any, None] | None = None
         self.again = False
         self.cancelled = False
+        self.answered = False  # what it waited for has come, and it has not run since
 
 
 class TaskRunner:
@@ -129,6 +130,17 @@ class TaskRunner:
                 return
             self._step(self._ready.popleft())
 
+    def settle(self) -> None:
+        """Let each task whose answer has come take the step after it: before a stop.
+
+        An answered write is in guest memory, and the guest may have acted on it. Were the task cut just
+        there, it would be written again after the guest had put something else in its place.
+        """
+        for task in [task for task in self._ready if task.answered]:
+            if not task.cancelled and not self.stopped:
+                self._ready.remove(task)
+                self._step(task)
+
     def cancel(self, key: Hashable) -> None:
         """Cut the task at the await where it is and forget that it was started. Synchronous."""
         task = self._tasks.pop(key, None)
@@ -166,6 +178,7 @@ class TaskRunner:
 
     def _step(self, task: _Task) -> None:
         self._current = task
+        task.answered = False
         try:
             if task.coroutine is None:
                 task.coroutine = task.work()
@@ -195,6 +208,7 @@ class TaskRunner:
 
     def _wake(self, task: _Task) -> None:
         if not task.cancelled:
+            task.answered = True
             self._ready.append(task)
 
     def _finished(self, task: _Task) -> None:
