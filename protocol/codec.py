@@ -40,6 +40,7 @@ DMA_ACCESS_BODY: Final = struct.Struct("=QQ")
 WRITE_MULTI_HEAD: Final = struct.Struct("=Q")
 WRITE_MULTI_ENTRY: Final = struct.Struct("=QII8s")
 IRQ_SET_BODY: Final = struct.Struct("=IIIII")
+MIG_DATA_BODY: Final = struct.Struct("=II")
 
 ACCESS_SIZE: Final = REGION_ACCESS.size
 """Header and fixed body of the region and DMA access messages: the payload's offset in the message."""
@@ -131,9 +132,9 @@ def _unpack(layout: struct.Struct, name: str, data: m.Payload, start: int = 0) -
         raise RemoteProtocolError(f"{name}: {len(data) - start} bytes, not {layout.size}") from None
 
 
-def _payload(name: str, body: memoryview, count: int, head: int) -> memoryview:
+def _payload(name: str, body: memoryview, count: int, head: int, field: str = "count") -> memoryview:
     if len(body) != head + count:
-        raise RemoteProtocolError(f"{name}.count: {count}, but {len(body) - head} bytes follow")
+        raise RemoteProtocolError(f"{name}.{field}: {count}, but {len(body) - head} bytes follow")
     return body[head:]
 
 
@@ -157,6 +158,16 @@ def _read_dma(name: str, body: memoryview) -> tuple[Any, ...]:
 def _read_dma_payload(name: str, body: memoryview) -> tuple[Any, ...]:
     address, count = _unpack(DMA_ACCESS_BODY, name, body)
     return address, _payload(name, body, count, DMA_ACCESS_BODY.size)
+
+
+def _read_mig_data(name: str, body: memoryview) -> tuple[Any, ...]:
+    argsz, size = _unpack(MIG_DATA_BODY, name, body)
+    return size, argsz
+
+
+def _read_mig_data_payload(name: str, body: memoryview) -> tuple[Any, ...]:
+    argsz, size = _unpack(MIG_DATA_BODY, name, body)
+    return _payload(name, body, size, MIG_DATA_BODY.size, "size"), argsz
 
 
 def _read_writes(name: str, body: memoryview) -> tuple[Any, ...]:
@@ -188,9 +199,12 @@ _PARSERS: Mapping[type[m.Structure], _Parser] = {
     m.DmaReadReply: _read_dma_payload,
     m.DmaWriteRequest: _read_dma_payload,
     m.RegionWriteMultiRequest: _read_writes,
+    m.MigDataReadRequest: _read_mig_data,
+    m.MigDataReadReply: _read_mig_data_payload,
+    m.MigDataWriteRequest: _read_mig_data_payload,
 }
 
-_REGION, _DMA = REGION_ACCESS_BODY.pack, DMA_ACCESS_BODY.pack
+_REGION, _DMA, _MIG = REGION_ACCESS_BODY.pack, DMA_ACCESS_BODY.pack, MIG_DATA_BODY.pack
 _BUILDERS: Mapping[type[m.Structure], Callable[[Any], tuple[m.Payload, ...]]] = {
     m.RegionReadRequest: lambda v: (_REGION(v.offset, v.region, v.count),),
     m.RegionReadReply: lambda v: (_REGION(v.offset, v.region, len(v.data)), v.data),
@@ -200,6 +214,9 @@ _BUILDERS: Mapping[type[m.Structure], Callable[[Any], tuple[m.Payload, ...]]] = 
     m.DmaReadReply: lambda v: (_DMA(v.address, len(v.data)), v.data),
     m.DmaWriteRequest: lambda v: (_DMA(v.address, len(v.data)), v.data),
     m.RegionWriteMultiRequest: _build_writes,
+    m.MigDataReadRequest: lambda v: (_MIG(v.argsz, v.size),),
+    m.MigDataReadReply: lambda v: (_MIG(v.argsz, v.size), v.data, *v.more),
+    m.MigDataWriteRequest: lambda v: (_MIG(v.argsz, len(v.data)), v.data),
 }
 
 

@@ -62,11 +62,10 @@ class Layout:
         wire = fields_of(value)
         if not self.payload:
             return (self.struct.build(wire),)
-        payload: Payload = wire.pop(self.payload)
+        payloads: tuple[Payload, ...] = (wire.pop(self.payload), *wire.pop("more", ()))
         if self.length:
-            wire[self.length] = len(payload)
-        head = self.struct.build(wire)
-        return (head, payload) if len(payload) else (head,)
+            wire[self.length] = sum(map(len, payloads))
+        return (self.struct.build(wire), *filter(len, payloads))
 
 
 def fields_of(value: Structure) -> dict[str, Any]:

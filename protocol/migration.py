@@ -16,16 +16,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from vfio_user.protocol.constants import MigrationState, MigrationV1State
 from vfio_user.protocol.errors import DeviceError
 
 _S, _V1 = MigrationState, MigrationV1State
 _PRE_COPY_V1 = _V1.RUNNING | _V1.SAVING
-
-MIGRATION_INFO_SIZE: Final = 32
-"""Bytes of `struct vfio_device_migration_info`, the registers of the v1 region."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +123,8 @@ def path(now: MigrationState, wanted: int) -> Path:
     return found
 
 
-def v1_path(now: MigrationState, value: int) -> tuple[MigrationState, Path]:
-    """The state that writing `value` to device_state leads to, and the arcs.
+def v1_path(now: MigrationState, value: int) -> Path:
+    """The arcs that writing `value` to device_state means; none for the value that is there.
 
     DeviceError (EINVAL): not a legal combination of bits, or not a legal change.
     """
@@ -136,7 +132,7 @@ def v1_path(now: MigrationState, value: int) -> tuple[MigrationState, Path]:
     if wanted is None:
         raise DeviceError(f"device_state {value:#x} is no state")
     if value == before:
-        return now, ()
+        return ()
     if value not in V1_ARCS[before]:
         raise DeviceError(f"device_state may not change from {before:#05b} to {value:#05b}")
-    return wanted, path(now, wanted)
+    return path(now, wanted)

@@ -6,7 +6,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vfio_user.protocol import constants as c
-from vfio_user.protocol.values import BitmapRange, Message, Payload, fill, require, widths
+from vfio_user.protocol.values import (
+    UNSET,
+    BitmapRange,
+    Message,
+    Payload,
+    fill,
+    fill_unset,
+    require,
+    widths,
+)
 
 
 # 14 DIRTY_PAGES (v1)
@@ -56,12 +65,12 @@ class DeviceFeatureRequest(Message):
 
     flags: int
     data: Payload = b""
-    argsz: int = 0
+    argsz: int = UNSET
     WIDTHS = widths(u32="argsz flags")
 
     def __post_init__(self) -> None:
+        fill_unset(self, "argsz", c.DEVICE_FEATURE_SIZE + len(self.data))
         Message.__post_init__(self)
-        fill(self, "argsz", c.DEVICE_FEATURE_SIZE + len(self.data))
 
     @property
     def feature(self) -> int:
@@ -88,36 +97,45 @@ class DeviceFeatureReply(Message):
 @dataclass(frozen=True, slots=True)
 class MigDataReadRequest(Message):
     size: int
-    argsz: int = 0
+    argsz: int = UNSET
     WIDTHS = widths(u32="argsz size")
 
     def __post_init__(self) -> None:
+        fill_unset(self, "argsz", min(c.MIG_DATA_SIZE + self.size, 0xFFFFFFFF))
         Message.__post_init__(self)
-        fill(self, "argsz", min(c.MIG_DATA_SIZE + self.size, 0xFFFFFFFF))
 
 
 @dataclass(frozen=True, slots=True)
 class MigDataReadReply(Message):
-    """Fewer bytes than asked for: the end of the stream (in PRE_COPY: nothing more now)."""
+    """Fewer bytes than asked for: the end of the stream (in PRE_COPY: nothing more now).
+
+    Who builds one may leave the data in several buffers: `data`, and what follows in `more`.
+    """
 
     data: Payload
     argsz: int = 0
+    more: tuple[Payload, ...] = ()
     WIDTHS = widths(u32="argsz")
 
     def __post_init__(self) -> None:
         Message.__post_init__(self)
-        fill(self, "argsz", c.MIG_DATA_SIZE + len(self.data))
+        fill(self, "argsz", c.MIG_DATA_SIZE + self.size)
+
+    @property
+    def size(self) -> int:
+        """Bytes of data."""
+        return len(self.data) + sum(map(len, self.more))
 
 
 @dataclass(frozen=True, slots=True)
 class MigDataWriteRequest(Message):
     data: Payload
-    argsz: int = 0
+    argsz: int = UNSET
     WIDTHS = widths(u32="argsz")
 
     def __post_init__(self) -> None:
+        fill_unset(self, "argsz", c.MIG_DATA_SIZE + len(self.data))
         Message.__post_init__(self)
-        fill(self, "argsz", c.MIG_DATA_SIZE + len(self.data))
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,15 @@ def fill(message: Message, name: str, value: int) -> None:
         object.__setattr__(message, name, value)
 
 
+UNSET = -1
+"""For a number that a peer may also send as 0, which then means 0."""
+
+
+def fill_unset(message: Message, name: str, value: int) -> None:
+    if getattr(message, name) == UNSET:
+        object.__setattr__(message, name, value)
+
+
 @dataclass(frozen=True, slots=True)
 class Bitmap(Structure):
     """Page size in bytes, and size in bytes of the bitmap (v1 specification: "VFIO Bitmap Format")."""

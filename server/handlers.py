@@ -13,6 +13,8 @@ from vfio_user.device_models.regions import Region
 from vfio_user.protocol import messages as m
 from vfio_user.protocol.constants import (
     PCI_NUM_IRQS,
+    REGION_SUBTYPE_MIGRATION,
+    REGION_TYPE_MIGRATION,
     Command,
     DeviceFlags,
     DmaMapFlags,
@@ -21,6 +23,7 @@ from vfio_user.protocol.constants import (
 )
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.server.answer import Answer
+from vfio_user.server.migration.features import device_feature, mig_data_read, mig_data_write
 from vfio_user.transport.fds import OwnedFd
 
 if TYPE_CHECKING:
@@ -68,20 +71,24 @@ def device_get_region_info(
 ) -> Answer:
     if request.index >= session.num_regions:
         raise DeviceError(f"region {request.index}: the device has {session.num_regions} region indexes")
-    region = session.device.regions.get(request.index)
+    region = session.regions.get(request.index)
     if region is None:
         return Answer(m.fit(m.DeviceGetRegionInfoReply(0, request.index, 0), request.argsz))
     flags = RegionInfoFlags.READ * region.readable | RegionInfoFlags.WRITE * region.writable
+    capabilities: tuple[m.RegionCapability, ...] = ()
+    if region is session.host.migration_region:
+        capabilities = (m.TypeCapability(REGION_TYPE_MIGRATION, REGION_SUBTYPE_MIGRATION),)
+    lent: tuple[int, ...] = ()
     # A client that takes no descriptors cannot map anything.
-    if region.memory is None or not region.mmap_areas or not session.max_send_fds:
-        return Answer(m.fit(m.DeviceGetRegionInfoReply(flags, request.index, region.size), request.argsz))
-    flags |= RegionInfoFlags.MMAP
-    capabilities = _capabilities(region)
+    if session.max_send_fds and region.mmap_areas and region.memory is not None:
+        flags |= RegionInfoFlags.MMAP
+        capabilities += _sparse_areas(region)
+        lent = (session.host.memory_fd(region.memory),)
     reply = m.DeviceGetRegionInfoReply(flags, request.index, region.size, capabilities=capabilities)
-    return Answer(m.fit(reply, request.argsz), (session.host.memory_fd(region.memory),))
+    return Answer(m.fit(reply, request.argsz), lent)
 
 
-def _capabilities(region: Region) -> tuple[m.RegionCapability, ...]:
+def _sparse_areas(region: Region) -> tuple[m.RegionCapability, ...]:
     """The areas that may be mapped, unless that is the whole region."""
     areas = tuple(m.SparseMmapArea(area.offset, area.size) for area in region.mmap_areas)
     if not areas or areas == (m.SparseMmapArea(0, region.size),):
@@ -145,6 +152,7 @@ def region_write_multi(session: "Session", request: m.RegionWriteMultiRequest, f
 def device_reset(session: "Session", request: m.DeviceResetRequest, fds: list[OwnedFd]) -> Answer:
     session.host.reset()
     session.device.reset()
+    session.host.migration.reset()
     return Answer(m.DeviceResetReply())
 
 
@@ -152,16 +160,8 @@ def no_dirty_pages(session: "Session", request: m.Message, fds: list[OwnedFd]) -
     raise DeviceError("this server does not log dirty pages", errno.ENOTSUP)
 
 
-def no_feature(session: "Session", request: m.DeviceFeatureRequest, fds: list[OwnedFd]) -> Answer:
-    raise DeviceError("this device has no such feature", errno.ENOTTY)
-
-
-def no_migration(session: "Session", request: m.Message, fds: list[OwnedFd]) -> Answer:
-    raise DeviceError("this device does not migrate", errno.ENOTSUP)
-
-
 def _region(session: "Session", index: int) -> Region:
-    region = session.device.regions.get(index)
+    region = session.regions.get(index)
     if region is None:
         raise DeviceError(f"the device has no region {index}")
     return region
@@ -197,9 +197,9 @@ HANDLERS: dict[Command, Handler] = {
     Command.DEVICE_RESET: device_reset,
     Command.DIRTY_PAGES: no_dirty_pages,
     Command.REGION_WRITE_MULTI: region_write_multi,
-    Command.DEVICE_FEATURE: no_feature,
-    Command.MIG_DATA_READ: no_migration,
-    Command.MIG_DATA_WRITE: no_migration,
+    Command.DEVICE_FEATURE: device_feature,
+    Command.MIG_DATA_READ: mig_data_read,
+    Command.MIG_DATA_WRITE: mig_data_write,
 }
 """Every command that the server takes; a test compares it with `protocol.commands.COMMANDS`."""
 

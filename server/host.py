@@ -7,12 +7,15 @@ from typing import Protocol
 
 from vfio_user.device_models.device import Device, IrqIndex
 from vfio_user.device_models.host import HostBase, log_timer_error
-from vfio_user.device_models.regions import SharedMemory
+from vfio_user.device_models.regions import Region, SharedMemory
+from vfio_user.protocol.constants import PCI_NUM_REGIONS
 from vfio_user.server.dma_table import DmaTable
 from vfio_user.server.guest_memory import GuestMemory
 from vfio_user.server.ioeventfds import Ioeventfds
 from vfio_user.server.irqs import Irqs
 from vfio_user.server.message_dma import DmaSender, MessageDma
+from vfio_user.server.migration.engine import MigrationEngine
+from vfio_user.server.migration.region import MigrationRegion
 from vfio_user.server.shared_memory import MemfdMemory
 from vfio_user.transport.poller import Poller
 
@@ -109,10 +112,15 @@ class EngineHost(HostBase):
 
 
 class ServerHost(EngineHost):
-    """The native engine's. `irqs` and `ioeventfds` are there once `install` was called."""
+    """The native engine's. What has no value here follows from the device and is there once `install` was
+    called. `regions` are the device's and, if it can be migrated, the migration region after them."""
 
     irqs: Irqs
     ioeventfds: Ioeventfds
+    migration: MigrationEngine
+    migration_region: MigrationRegion
+    migration_index: int
+    regions: Mapping[int, Region]
 
     def __init__(
         self, poller: Poller, *, trust_client_memory: bool = False, max_dma_maps: int = 65535
@@ -122,8 +130,17 @@ class ServerHost(EngineHost):
 
     def install(self, device: Device) -> None:
         self.irqs = Irqs(self._poller, device.irqs, device.irq_unmasked)
-        self.ioeventfds = Ioeventfds(self._poller, device.regions)
+        self.migration = MigrationEngine(device, self)
+        self.migration_region = MigrationRegion(self.migration)
+        self.migration_index = max(PCI_NUM_REGIONS, max(device.regions) + 1)
+        own = {self.migration_index: self.migration_region} if self.migration.available else {}
+        self.regions = {**device.regions, **own}
+        self.ioeventfds = Ioeventfds(self._poller, self.regions)
         super().install(device)
+
+    def stop(self) -> None:
+        self.ioeventfds.ring_all()
+        super().stop()
 
     def attach(self, sender: DmaSender, *, max_dma_maps: int, max_transfer: int) -> None:
         """A client has negotiated: DMA without shared memory goes to it by message."""
@@ -133,3 +150,5 @@ class ServerHost(EngineHost):
     def detach(self) -> None:
         super().detach()
         self.ioeventfds.release()
+        self.migration.client_left()
+        self.migration_region.release()

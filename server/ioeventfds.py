@@ -35,6 +35,7 @@ class Ioeventfds:
         self._poller = poller
         self._regions = regions
         self._fds: dict[int, list[OwnedFd]] = {}
+        self._ringers: list[Callable[[], None]] = []
 
     def offer(self, index: int, max_fds: int) -> IoFds:
         """The sub-regions of region `index` with their eventfds; the same ones when asked again.
@@ -50,8 +51,14 @@ class Ioeventfds:
         sub_regions = tuple(_sub_region(doorbell, i) for i, doorbell in enumerate(doorbells))
         return IoFds(sub_regions, tuple(fd.fileno() for fd in fds))
 
+    def ring_all(self) -> None:
+        """Write what was signalled and not yet polled: a device that is stopped has got all its doorbells."""
+        for ring in self._ringers:
+            ring()
+
     def release(self) -> None:
         """The client has gone: close every eventfd. KVM may still signal its own; nobody listens."""
+        self._ringers.clear()
         for fds in self._fds.values():
             for fd in fds:
                 self._poller.unregister(fd.fileno())
@@ -62,7 +69,9 @@ class Ioeventfds:
         fds = self._fds.setdefault(index, [])
         for doorbell in doorbells[len(fds) :]:
             fd = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-            self._poller.register(fd.fileno(), _ringer(fd, region, doorbell))
+            ring = _ringer(fd, region, doorbell)
+            self._poller.register(fd.fileno(), ring)
+            self._ringers.append(ring)
             fds.append(fd)
         return fds[: len(doorbells)]
 

@@ -36,8 +36,11 @@ class Sender(Protocol):
     def congested(self) -> bool:
         """The client does not read what it is sent."""
 
-    def send(self, buffers: Sequence[Buffer], fds: Sequence[int] = ()) -> None:
-        """Take the buffers of whole messages; never wait. The descriptors stay the caller's."""
+    def send(self, buffers: Sequence[Buffer], fds: Sequence[int] = (), *, lasting: bool = False) -> None:
+        """Take the buffers of whole messages; never wait. The descriptors stay the caller's.
+
+        `lasting`: the buffers never change again.
+        """
 
 
 class Session:
@@ -47,7 +50,8 @@ class Session:
         self.device = device
         self.host = host
         self.connection = Connection(Role.SERVER)
-        self.num_regions = max(PCI_NUM_REGIONS, max(device.regions) + 1)
+        self.regions = host.regions
+        self.num_regions = max(PCI_NUM_REGIONS, max(host.regions) + 1)
         self.max_data_xfer_size = own.capabilities.max_data_xfer_size
         self.max_send_fds = 0
         self._own = own
@@ -66,6 +70,7 @@ class Session:
         self.connection.max_receive_fds = agreed.max_receive_fds
         self.max_data_xfer_size = agreed.max_data_xfer_size
         self.max_send_fds = agreed.max_send_fds
+        self.host.dirty.negotiated(agreed.migration)
         self.host.attach(self, max_dma_maps=agreed.max_dma_maps, max_transfer=agreed.max_data_xfer_size)
         return reply
 
@@ -162,7 +167,7 @@ class Session:
 
     def _answer(self, request: Request) -> None:
         fds: list[Any] = list(request.fds)
-        if request.command not in SET_UP and not self.host.running:
+        if not self.host.running and self._uses_device(request):
             self.host.resume()  # the client has set itself up and begins to use the device
         try:
             answer = HANDLERS[request.command](self, request.body, fds)
@@ -175,19 +180,26 @@ class Session:
             self._refuse(request, errno.EIO)
         else:
             if reply is not None:
-                self._put(reply, answer.fds)
+                self._put(reply, answer.fds, answer.lasting)
         finally:
             for fd in fds:
                 fd.close()
+
+    def _uses_device(self, request: Request) -> bool:
+        """Whether the request shows that the device is to work. While it is being moved, none does."""
+        if request.command in SET_UP or not self.host.migration.may_run:
+            return False
+        body, moving = request.body, self.host.migration_index
+        return not isinstance(body, m.RegionReadRequest | m.RegionWriteRequest) or body.region != moving
 
     def _refuse(self, request: Request, error: int) -> None:
         if not request.no_reply:
             self._put(self.connection.error(request.message_id, request.command, error))
 
-    def _put(self, outgoing: Outgoing, fds: Sequence[int] = ()) -> None:
+    def _put(self, outgoing: Outgoing, fds: Sequence[int] = (), lasting: bool = False) -> None:
         if fds or outgoing.size > JOIN_LIMIT:
             self.flush()
-            self._send(outgoing.buffers, fds)
+            self._send(outgoing.buffers, fds, lasting=lasting)
         else:
             self._out.append(b"".join(outgoing.buffers))
 

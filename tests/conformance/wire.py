@@ -108,10 +108,10 @@ VALID = {
 }
 """A body that works for each command which every server has to know, in an order in which they work."""
 
-ABSENT = {
+MIGRATION = {
     DIRTY_PAGES: struct.pack("=II", 8, 1),
     DEVICE_FEATURE: struct.pack("=II", 16, 1 << 16 | 1),
     MIG_DATA_READ: struct.pack("=II", 4096, 4088),
     MIG_DATA_WRITE: struct.pack("=II", 8, 0),
 }
-"""Commands of migration, which the server does not have: well formed all the same."""
+"""Commands of migration, well formed; whether they are refused follows from the device and its state."""

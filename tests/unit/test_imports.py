@@ -18,7 +18,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "protocol": (set(), {"construct"}),
     "device_models": (set(), set()),
     "transport": ({"protocol"}, {"trio"}),
-    "server": ({"protocol", "transport", "device_models"}, {"trio", "dpkt", "pyroute2"}),
+    "server": ({"protocol", "transport", "device_models"}, {"trio", "dpkt", "pyroute2", "xxhash"}),
     "client": ({"protocol", "transport", "device_models"}, {"trio", "rich"}),
 }
 # What the standard library has and a folder must not use: no I/O, no event loop, no C.

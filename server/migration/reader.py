@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Reads a state stream in pieces of any size, into memory of its own: the device is not touched.
+
+The bytes are anybody's. Memory stays bounded by the device's own size and 1 MiB for each of its sections;
+names, order, sizes and offsets are checked as they come, and only what leaves nothing open is given out.
+"""
+
+import struct
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import xxhash
+
+from vfio_user.device_models.regions import Buffer
+from vfio_user.device_models.state import Fields, StateError
+from vfio_user.server.migration.stream import (
+    BLOCK,
+    END,
+    FORMAT_VERSION,
+    HEADER,
+    MAGIC,
+    MAX_SECTION,
+    MEMORY,
+    RECORD,
+    ZERO,
+    Kind,
+    Shape,
+    decode_fields,
+)
+
+_COUNT = struct.Struct("<Q")
+_DIGEST = END.size - _COUNT.size
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A whole state that has arrived: sections with their versions, and memories."""
+
+    sections: dict[str, tuple[int, Fields]] = field(default_factory=dict)
+    memories: dict[str, memoryview] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    kind: int
+    name: str
+    version: int
+    length: int
+
+
+Parser = Generator[memoryview, None, None]
+"""Yields a buffer to be filled, and goes on when that has been done."""
+
+
+class StreamReader:
+    """`feed` it the stream, then `finish`. Both raise StateError; a reader that has done so stays refused."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+        self._staged = Staged()
+        self._hash = xxhash.xxh3_128()
+        self._records = 0
+        self._received = 0
+        self._place = "the header"
+        self._error: StateError | None = None
+        self._parser = self._parse()
+        self._wanted: memoryview | None = next(self._parser)
+
+    def feed(self, data: Buffer) -> None:
+        """The next bytes. StateError says what is wrong with them."""
+        rest = memoryview(data)
+        try:
+            self._check()
+            while rest:
+                rest = self._fill(rest)
+        except StateError as error:
+            self._refuse(error)
+
+    def finish(self) -> Staged:
+        """All of the stream has been fed: what it holds. StateError when something is missing."""
+        try:
+            self._check()
+            if self._wanted is not None:
+                raise StateError("", "", f"it ends after {self._received} bytes, in {self._place}")
+        except StateError as error:
+            self._refuse(error)
+        return self._staged
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _refuse(self, error: StateError) -> NoReturn:
+        self._error = error
+        self._staged.sections.clear()
+        self._staged.memories.clear()
+        raise error
+
+    def _fill(self, data: memoryview) -> memoryview:
+        """Copy what fits into the buffer that is wanted; what is left over is given back."""
+        if self._wanted is None:
+            raise StateError("", "", f"{len(data)} bytes follow the end")
+        count = min(len(data), len(self._wanted))
+        self._wanted[:count] = data[:count]
+        self._received += count
+        self._wanted = self._wanted[count:]
+        if not self._wanted:
+            self._wanted = next(self._parser, None)
+        return data[count:]
+
+    # The parser
+
+    def _parse(self) -> Parser:
+        yield from self._header()
+        while True:
+            record = yield from self._record()
+            if record.kind == Kind.END:
+                yield from self._end(record)
+                return
+            read = _READERS.get(record.kind)
+            if read is None:
+                raise StateError(record.name, "", f"there is no record of kind {record.kind}")
+            yield from read(self, record)
+            self._records += 1
+
+    def _bytes(self, size: int) -> Generator[memoryview, None, bytearray]:
+        buffer = bytearray(size)
+        if size:
+            yield memoryview(buffer)
+            self._hash.update(buffer)
+        return buffer
+
+    def _unpack(self, layout: struct.Struct) -> Generator[memoryview, None, tuple[Any, ...]]:
+        return layout.unpack((yield from self._bytes(layout.size)))
+
+    def _header(self) -> Parser:
+        magic, version, flags, model_version, length = yield from self._unpack(HEADER)
+        if magic != MAGIC:
+            raise StateError("", "magic", "this is no saved state of a device")
+        if version != FORMAT_VERSION:
+            raise StateError("", "format", f"version {version}, known is {FORMAT_VERSION}")
+        if flags:
+            raise StateError("", "flags", f"{flags:#x} is not known")
+        model = bytes((yield from self._bytes(length)))
+        if model != self._shape.model.encode():
+            raise StateError("", "model", f"it is of {_printable(model)}, not of {self._shape.model}")
+        if not 1 <= model_version <= self._shape.version:
+            known = self._shape.version
+            raise StateError("", "version", f"{model_version} is not one of those known, 1 to {known}")
+
+    def _record(self) -> Generator[memoryview, None, _Record]:
+        self._place = f"the head of record {self._records}"
+        kind, name_length, version, length = yield from self._unpack(RECORD)
+        name = _printable((yield from self._bytes(name_length)))
+        self._place = f"record {self._records}, {name or 'the end'}"
+        return _Record(kind, name, version, length)
+
+    def _section(self, record: _Record) -> Parser:
+        name = record.name
+        if name not in self._shape.sections:
+            raise StateError(name, "", "this device has no such section")
+        if name in self._staged.sections:
+            raise StateError(name, "", "it is there twice")
+        if record.length > MAX_SECTION:
+            raise StateError(name, "", f"{record.length} bytes are more than {MAX_SECTION}")
+        payload = yield from self._bytes(record.length)
+        self._staged.sections[name] = record.version, decode_fields(name, payload)
+
+    def _zero(self, record: _Record) -> Parser:
+        _check_length(record, ZERO.size, ZERO.size)
+        offset, length = yield from self._unpack(ZERO)
+        memory = self._staged.memories.get(record.name)
+        if memory is None:
+            self._open(record.name, offset, length)
+        else:
+            _check_range(record.name, memory, offset, length)
+            memory[offset : offset + length] = bytes(length)
+
+    def _open(self, name: str, offset: int, length: int) -> None:
+        size = self._shape.memories.get(name)
+        if size is None:
+            raise StateError(name, "", "this device has no such memory")
+        if offset or length != size:
+            raise StateError(name, "size", f"{length} bytes from {offset}, not the {size} of this device")
+        self._staged.memories[name] = memoryview(bytearray(size))
+
+    def _memory(self, record: _Record) -> Parser:
+        _check_length(record, MEMORY.size + 1, MEMORY.size + BLOCK)
+        (offset,) = yield from self._unpack(MEMORY)
+        memory = self._staged.memories.get(record.name)
+        if memory is None:
+            raise StateError(record.name, "", "nothing has said how large this memory is")
+        length = record.length - MEMORY.size
+        _check_range(record.name, memory, offset, length)
+        target = memory[offset : offset + length]
+        yield target
+        self._hash.update(target)
+
+    def _end(self, record: _Record) -> Parser:
+        if record.name or record.version:
+            raise StateError("", "end", "it has a name or a version")
+        _check_length(record, END.size, END.size)
+        (count,) = yield from self._unpack(_COUNT)
+        computed = self._hash.digest()
+        digest = bytes((yield from self._bytes(_DIGEST)))
+        if count != self._records:
+            raise StateError("", "end", f"it counts {count} records, {self._records} have come")
+        if digest != computed:
+            raise StateError("", "digest", "it does not match: the stream has been damaged")
+        for name in self._shape.memories:
+            if name not in self._staged.memories:
+                raise StateError(name, "", "the memory is missing")
+
+
+_READERS = {
+    int(Kind.SECTION): StreamReader._section,
+    int(Kind.ZERO): StreamReader._zero,
+    int(Kind.MEMORY): StreamReader._memory,
+}
+
+
+def _check_length(record: _Record, least: int, most: int) -> None:
+    if record.version:
+        raise StateError(record.name, "version", f"{record.version}, where there is none")
+    if not least <= record.length <= most:
+        raise StateError(record.name, "length", f"{record.length}, not from {least} to {most}")
+
+
+def _check_range(name: str, memory: memoryview, offset: int, length: int) -> None:
+    if not 1 <= length <= BLOCK or offset + length > len(memory):
+        raise StateError(name, "offset", f"{length} bytes at {offset:#x} of {len(memory):#x}")
+
+
+def _printable(name: bytes | bytearray) -> str:
+    """A name of the stream; what is no ASCII is shown, and matches no name that a device has."""
+    text = name.decode("ascii", "backslashreplace")
+    return text if text.isprintable() else repr(text)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Makes the state stream of a device, as much at a time as is asked for."""
+
+from collections import deque
+from collections.abc import Mapping
+
+import xxhash
+
+from vfio_user.device_models.device import Device
+from vfio_user.device_models.regions import Buffer
+from vfio_user.device_models.state import save_sections
+from vfio_user.device_models.state_memory import StateMemory
+from vfio_user.server.migration.stream import (
+    BLOCK,
+    END,
+    FORMAT_VERSION,
+    HEADER,
+    MAGIC,
+    MEMORY,
+    RECORD,
+    ZERO,
+    Kind,
+    encode_fields,
+)
+
+_ZEROS = bytes(BLOCK)
+_DIGEST = 16  # bytes
+_END_SIZE = RECORD.size + END.size
+
+
+class StreamWriter:
+    """One session of saving. Memories are streamed while the device runs, and again where they change;
+    sections are saved by `finish`, once the device stands still.
+
+    Raises whatever a model raises; the session is of no use then, but for `close`.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._memories: Mapping[str, StateMemory] = device.memories()
+        self._queue: deque[memoryview] = deque()
+        self._queued = 0
+        self._hash = xxhash.xxh3_128()
+        self._records = 0
+        self._finishing = self._ended = False
+        model = device.model.encode()
+        self._emit(HEADER.pack(MAGIC, FORMAT_VERSION, 0, device.state_version, len(model)) + model)
+        try:
+            for name, memory in self._memories.items():
+                memory.start_log()
+                self._record(Kind.ZERO, name, ZERO.pack(0, memory.size))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """The end of the session: memories are not watched any longer."""
+        for memory in self._memories.values():
+            memory.stop_log()
+
+    def finish(self) -> None:
+        """The device stands still from now on: save its sections. If that fails, nothing has changed."""
+        saved = save_sections(self._device.sections())
+        payloads = {name: (version, encode_fields(name, fields)) for name, (version, fields) in saved.items()}
+        for name, (version, payload) in payloads.items():
+            self._record(Kind.SECTION, name, payload, version=version)
+        self._finishing = True
+
+    @property
+    def pending(self) -> int:
+        """Bytes that `take` can give now, roughly; 0 exactly when there are none."""
+        owed = _END_SIZE if self._finishing and not self._ended else 0
+        return self._queued + owed + sum(memory.pending for memory in self._memories.values())
+
+    def take(self, size: int) -> list[Buffer]:
+        """The next `size` bytes, or all that there are now.
+
+        Once the session is finishing they may be views of the device's memory: they are to be sent before
+        the device can go on.
+        """
+        while self._queued < size and self._produce():
+            pass
+        taken: list[Buffer] = []
+        while size and self._queue:
+            first = self._queue.popleft()
+            piece, rest = first[:size], first[size:]
+            if rest:
+                self._queue.appendleft(rest)
+            taken.append(piece)
+            self._queued -= len(piece)
+            size -= len(piece)
+        return taken
+
+    def _produce(self) -> bool:
+        """Put one more record into the queue, if there is anything to say."""
+        for name, memory in self._memories.items():
+            piece = memory.take(BLOCK)
+            if piece is not None:
+                self._block(name, memory.view, *piece)
+                return True
+        if self._finishing and not self._ended:
+            self._end()
+            return True
+        return False
+
+    def _block(self, name: str, view: memoryview, offset: int, length: int) -> None:
+        part = view[offset : offset + length]
+        if _is_zero(part):
+            self._record(Kind.ZERO, name, ZERO.pack(offset, length))
+        else:
+            # While the device runs it would write into what has been counted in the digest.
+            data = part if self._finishing else bytes(part)
+            self._record(Kind.MEMORY, name, MEMORY.pack(offset), data)
+
+    def _end(self) -> None:
+        head = RECORD.pack(Kind.END, 0, 0, END.size) + END.pack(self._records, bytes(_DIGEST))[:-_DIGEST]
+        self._emit(head)
+        self._emit(self._hash.digest())
+        self._ended = True
+
+    def _record(self, kind: Kind, name: str, head: bytes, data: Buffer = b"", *, version: int = 0) -> None:
+        encoded = name.encode()
+        self._emit(RECORD.pack(kind, len(encoded), version, len(head) + len(data)) + encoded + head)
+        if len(data):
+            self._emit(data)
+        self._records += 1
+
+    def _emit(self, data: Buffer) -> None:
+        self._hash.update(data)
+        self._queue.append(memoryview(data))
+        self._queued += len(data)
+
+
+def _is_zero(part: memoryview) -> bool:
+    """Three bytes tell of nearly every block that it is not; only the others are looked at whole."""
+    middle = len(part) // 2
+    return not (part[0] or part[middle] or part[-1]) and _ZEROS.startswith(bytes(part))
