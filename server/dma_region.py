@@ -79,7 +79,7 @@ class DmaRegion:
         raise DmaError(self.address + offset, len(data), "the region is reached by message only")
 
     def close(self) -> None:
-        """Let go of the memory. `address`, `size` and `dirty` can still be asked."""
+        """Let go of the memory. `address` and `size` can still be asked."""
         self.end = self.address
 
 

@@ -8,6 +8,7 @@ The start addresses are one sorted list. Insertion and removal move at most 8 by
 import errno
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
+from typing import Protocol
 
 from vfio_user.protocol.constants import DEFAULT_MAX_DMA_MAPS
 from vfio_user.protocol.errors import DeviceError, RemoteProtocolError
@@ -15,6 +16,16 @@ from vfio_user.server.dma_region import DmaRegion, RegionSpec, open_region
 from vfio_user.transport.fds import OwnedFd
 
 ADDRESS_SPACE = 1 << 64
+
+
+class RegionWatcher(Protocol):
+    """Is told of the regions that come and go."""
+
+    def mapped(self, region: DmaRegion) -> None:
+        """A VfioUserError undoes the mapping."""
+
+    def unmapped(self, region: DmaRegion) -> None:
+        """Its memory is released already."""
 
 
 class DmaTable:
@@ -30,6 +41,8 @@ class DmaTable:
         self.max_regions = max_regions
         self.page_size = page_size
         self.trust_client_memory = trust_client_memory
+        self.watcher: RegionWatcher | None = None
+        """The dirty log, while pages are logged."""
         self._starts: list[int] = []
         self._regions: dict[int, DmaRegion] = {}
 
@@ -67,6 +80,12 @@ class DmaTable:
                 fd.close()
             raise
         region = open_region(spec, fd, trusted=self.trust_client_memory)
+        if self.watcher is not None:
+            try:
+                self.watcher.mapped(region)
+            except BaseException:
+                region.close()
+                raise
         insort(self._starts, address)
         self._regions[address] = region
         return region
@@ -89,11 +108,18 @@ class DmaTable:
             raise DeviceError(f"there are {self.max_regions} DMA regions already", errno.ENOSPC)
 
     def unmap(self, address: int, size: int) -> list[DmaRegion]:
-        """Remove every region in the range; their memory is released, their dirty logs can be read.
+        """Remove every region in the range; their memory is released. Raises as `whole_regions`."""
+        regions = self.whole_regions(address, size)
+        first = bisect_left(self._starts, address)
+        self._remove(first, first + len(regions))
+        return regions
+
+    def whole_regions(self, address: int, size: int) -> list[DmaRegion]:
+        """The regions in a range that is to be unmapped.
 
         The specification asks for exactly one region; like the kernel's VFIO we also take a range that
         holds several whole ones. ENOENT: there is none. EINVAL: size 0, wrap-around, or the range cuts a
-        region; then nothing has been removed.
+        region.
         """
         if size <= 0 or address + size > ADDRESS_SPACE:
             raise RemoteProtocolError(f"cannot unmap {size:#x} bytes at {address:#x}: no such range")
@@ -102,8 +128,6 @@ class DmaTable:
             raise RemoteProtocolError(f"no DMA region at {address:#x}, size {size:#x}", errno.ENOENT)
         if regions[0].address < address or regions[-1].end > address + size:
             raise RemoteProtocolError(f"unmapping {size:#x} bytes at {address:#x} would cut a DMA region")
-        first = bisect_left(self._starts, address)
-        self._remove(first, first + len(regions))
         return regions
 
     def unmap_all(self) -> list[DmaRegion]:
@@ -114,7 +138,10 @@ class DmaTable:
 
     def _remove(self, first: int, last: int) -> None:
         for start in self._starts[first:last]:
-            self._regions.pop(start).close()
+            region = self._regions.pop(start)
+            region.close()
+            if self.watcher is not None:
+                self.watcher.unmapped(region)
         del self._starts[first:last]
 
     def find(self, address: int) -> DmaRegion | None:

@@ -18,11 +18,11 @@ from vfio_user.protocol.constants import (
     Command,
     DeviceFlags,
     DmaMapFlags,
-    DmaUnmapFlags,
     RegionInfoFlags,
 )
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.server.answer import Answer
+from vfio_user.server.dirty_handlers import dirty_pages, dma_unmap
 from vfio_user.server.migration.features import device_feature, mig_data_read, mig_data_write
 from vfio_user.transport.fds import OwnedFd
 
@@ -48,17 +48,6 @@ def dma_map(session: "Session", request: m.DmaMapRequest, fds: list[OwnedFd]) ->
         writable=bool(request.flags & DmaMapFlags.WRITE),
     )
     return Answer(m.DmaMapReply())
-
-
-def dma_unmap(session: "Session", request: m.DmaUnmapRequest, fds: list[OwnedFd]) -> Answer:
-    if request.flags & DmaUnmapFlags.GET_DIRTY_BITMAP:
-        raise DeviceError("DMA_UNMAP with GET_DIRTY_BITMAP: no dirty page logging is active", errno.EINVAL)
-    if request.flags & DmaUnmapFlags.ALL:
-        regions = session.host.table.unmap_all()
-    else:
-        regions = session.host.table.unmap(request.address, request.size)
-    size = sum(region.size for region in regions)
-    return Answer(m.DmaUnmapReply(request.flags, request.address, size))
 
 
 def device_get_info(session: "Session", request: m.DeviceGetInfoRequest, fds: list[OwnedFd]) -> Answer:
@@ -156,10 +145,6 @@ def device_reset(session: "Session", request: m.DeviceResetRequest, fds: list[Ow
     return Answer(m.DeviceResetReply())
 
 
-def no_dirty_pages(session: "Session", request: m.Message, fds: list[OwnedFd]) -> Answer:
-    raise DeviceError("this server does not log dirty pages", errno.ENOTSUP)
-
-
 def _region(session: "Session", index: int) -> Region:
     region = session.regions.get(index)
     if region is None:
@@ -195,7 +180,7 @@ HANDLERS: dict[Command, Handler] = {
     Command.REGION_READ: region_read,
     Command.REGION_WRITE: region_write,
     Command.DEVICE_RESET: device_reset,
-    Command.DIRTY_PAGES: no_dirty_pages,
+    Command.DIRTY_PAGES: dirty_pages,
     Command.REGION_WRITE_MULTI: region_write_multi,
     Command.DEVICE_FEATURE: device_feature,
     Command.MIG_DATA_READ: mig_data_read,

@@ -9,6 +9,7 @@ from vfio_user.device_models.device import Device, IrqIndex
 from vfio_user.device_models.host import HostBase, log_timer_error
 from vfio_user.device_models.regions import Region, SharedMemory
 from vfio_user.protocol.constants import PCI_NUM_REGIONS
+from vfio_user.server.dirty_tracking import DirtyTracking
 from vfio_user.server.dma_table import DmaTable
 from vfio_user.server.guest_memory import GuestMemory
 from vfio_user.server.ioeventfds import Ioeventfds
@@ -127,8 +128,10 @@ class ServerHost(EngineHost):
     ) -> None:
         super().__init__(DmaTable(max_regions=max_dma_maps, trust_client_memory=trust_client_memory))
         self._poller = poller
+        self.dirty = DirtyTracking(self.table)
 
     def install(self, device: Device) -> None:
+        self.dirty.precise = device.precise_dirty
         self.irqs = Irqs(self._poller, device.irqs, device.irq_unmasked)
         self.migration = MigrationEngine(device, self)
         self.migration_region = MigrationRegion(self.migration)
@@ -148,6 +151,7 @@ class ServerHost(EngineHost):
         self.dma.messages = MessageDma(sender, max_transfer)
 
     def detach(self) -> None:
+        self.dirty.stop()
         super().detach()
         self.ioeventfds.release()
         self.migration.client_left()

@@ -111,9 +111,10 @@ class Channel:
             raise FdsLost(count)
         return count, fds
 
-    def send(self, buffers: Sequence[Buffer], fds: Sequence[int] = ()) -> None:
+    def send(self, buffers: Sequence[Buffer], fds: Sequence[int] = (), *, lasting: bool = False) -> None:
         """Send now what the kernel takes, and queue a copy of the rest; `flush` continues with it.
 
+        `lasting`: the buffers never change again, so that a rest behind the first bytes is not copied.
         `fds` travel with the first byte of these buffers and with no byte of another call. They stay the
         caller's, who may close them on return. Raises PeerGone, or VfioUserError with the kernel's errno.
         """
@@ -123,13 +124,13 @@ class Channel:
         if len(buffers) == 1 and not fds:  # the way of nearly every reply
             sent = self._send_now(buffers, ())
             if sent != len(buffers[0]):
-                self._enqueue(_rest(buffers, sent), ())
+                self._keep(buffers, sent, (), lasting)
             return
         if len(buffers) > _IOV_MAX:
             buffers = (b"".join(buffers),)
         sent = self._send_now(buffers, fds)
         if sent != sum(map(len, buffers)):
-            self._enqueue(_rest(buffers, sent), () if sent else fds)
+            self._keep(buffers, sent, () if sent else fds, lasting)
 
     def flush(self) -> bool:
         """Send what is queued, as far as it goes. True: nothing is left. Raises PeerGone."""
@@ -179,6 +180,12 @@ class Channel:
                 raise PeerGone("the connection has been closed", error.errno) from error
             # ETOOMANYREFS, for one: a peer that leaves the descriptors it was sent unread.
             raise VfioUserError(f"sending failed: {error.strerror}", error.errno) from error
+
+    def _keep(self, buffers: Sequence[Buffer], sent: int, fds: Sequence[int], lasting: bool) -> None:
+        """Queue what follows the first `sent` bytes: together, or after the first bytes as it is."""
+        rest = _rest(buffers, sent)
+        for data in rest if lasting and sent else (b"".join(rest),):
+            self._enqueue(data, fds)
 
     def _enqueue(self, data: Buffer, fds: Sequence[int]) -> None:
         if data:
@@ -232,11 +239,11 @@ def _descriptors(control: Iterable[tuple[int, int, bytes]]) -> list[OwnedFd]:
     return fds
 
 
-def _rest(buffers: Sequence[Buffer], sent: int) -> bytes:
-    """A copy of what follows the first `sent` bytes."""
+def _rest(buffers: Sequence[Buffer], sent: int) -> list[memoryview]:
+    """What follows the first `sent` bytes."""
     parts: list[memoryview] = []
     for buffer in buffers:
         skipped = min(sent, len(buffer))
         sent -= skipped
         parts.append(memoryview(buffer)[skipped:])
-    return b"".join(parts)
+    return parts

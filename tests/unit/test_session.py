@@ -37,7 +37,7 @@ class Wire:
     def congested(self) -> bool:
         return sum(map(len, self.sent)) > self.room
 
-    def send(self, buffers: Sequence[Buffer], fds: Sequence[int] = ()) -> None:
+    def send(self, buffers: Sequence[Buffer], fds: Sequence[int] = (), *, lasting: bool = False) -> None:
         self.sent.append(b"".join(buffers))
 
 
