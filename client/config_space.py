@@ -114,7 +114,9 @@ class ConfigSpace:
     async def _size_bar(self, index: int) -> Bar | None:
         mask = await self._probe(BAR0 + 4 * index)
         if mask & 1:
-            return Bar(index, -(mask & 0xFFFC) & 0xFFFF, io=True)
+            # libvfio-user shows a BAR that is not there as one for I/O, without address bits.
+            size = -(mask & 0xFFFC) & 0xFFFF
+            return Bar(index, size, io=True) if size else None
         wide = mask >> 1 & 3 == 2
         bits = 0xFFFF_FFFF
         if wide:

@@ -97,6 +97,12 @@ class FakeVmm:
         await self.assign_bars()
         step(f"{len(self.bars)} BARs sized and assigned, bus master on")
 
+    async def start_incoming(self) -> None:
+        """As `start`, for a guest that is going to come from elsewhere: its firmware does not run here."""
+        await self.map_memory()
+        await self._examine()
+        await self.client.reset()
+
     async def map_memory(self) -> None:
         """DMA_MAP every range, pipelined."""
         calls = [self.client.begin_dma_map(memory) for memory in self.ram.ranges]

@@ -37,7 +37,9 @@ class EventFd:
         self._count = 0
 
     def take(self) -> int:
-        """How many signals have come since the last `take`; never waits."""
+        """How many signals have come since the last `take`; never waits. 0 when it is closed."""
+        if self.fd < 0:
+            return 0
         try:
             signals = os.eventfd_read(self.fd)
         except BlockingIOError:
@@ -55,6 +57,8 @@ class EventFd:
         """Wait until there is a signal and take all: how many they were."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while not (signals := self.take()):
+            if self.fd < 0:
+                raise trio.ClosedResourceError("the eventfd is closed")
             await trio.lowlevel.wait_readable(self.fd)
         return signals
 
@@ -148,6 +152,11 @@ class Intx(Irqs):
     def __init__(self, client: IrqSetter) -> None:
         super().__init__(client, PciIrq.INTX)
         self._resample: EventFd | None = None
+
+    @property
+    def resamples(self) -> bool:
+        """Unmasking goes by an eventfd."""
+        return self._resample is not None
 
     async def enable(self, count: int = 1, *, resample: bool = False) -> None:
         await super().enable(count)

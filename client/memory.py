@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from errno import EFAULT
+from typing import Protocol
 
 from vfio_user.protocol.constants import DmaMapFlags
 from vfio_user.protocol.errors import VfioUserError
@@ -60,15 +61,27 @@ class DmaCounters:
     refused: int = 0
 
 
+class WriteLog(Protocol):
+    """Is told of every write that does not go past the VMM: by the guest, and by DMA_WRITE."""
+
+    def mark(self, address: int, length: int) -> None:
+        """`length` bytes at guest `address` have been written."""
+
+
 class GuestRam:
-    """All of a guest's memory. Close it (or use `with`) after the last view of it is gone."""
+    """All of a guest's memory. Close it (or use `with`) after the last view of it is gone.
+
+    Who writes through a range's `view` writes past `log`.
+    """
 
     def __init__(self, *, shared: bool = True, seals: int = FIXED_SIZE) -> None:
         """`shared`: on memfds, which get `seals` (0: none, as a VMM that does not seal its memory)."""
         self.shared = shared
         self.counters = DmaCounters()
         self.on_dma_write: Callable[[int, int], None] | None = None
-        """Called with address and length (bytes) after every DMA_WRITE: the VMM's own dirty log."""
+        """Called with address and length (bytes) after every DMA_WRITE."""
+        self.log: WriteLog | None = None
+        """The VMM's own part of the dirty log."""
         self._seals = seals
         self._ranges: list[RamRange] = []
         self._starts: list[int] = []
@@ -161,6 +174,8 @@ class GuestRam:
         """Store `data`. RamError when a part is no memory; nothing is written then."""
         length, done = len(data), 0
         view, start = self._find(address, length)
+        if self.log is not None:
+            self.log.mark(address, length)
         if view is not None:
             view[start : start + length] = data
             return
@@ -180,6 +195,8 @@ class GuestRam:
         view, start = self._find(address, layout.size)
         if view is None:
             raise RamError(f"{layout.size} bytes at {address:#x} are not in one range of guest memory")
+        if self.log is not None:
+            self.log.mark(address, layout.size)
         layout.pack_into(view, start, *values)
 
     def allocate(self, size: int, align: int = PAGE) -> int:
@@ -196,7 +213,13 @@ class GuestRam:
         for owned in self._ranges:
             used = self._free[owned.address] - owned.address
             owned.view[:used] = bytes(used)
+            if self.log is not None:
+                self.log.mark(owned.address, used)
             self._free[owned.address] = owned.address
+
+    def adopt_allocations(self, other: "GuestRam") -> None:
+        """Take over what the guest has allocated in `other`, which it has been moved from."""
+        self._free = dict(other._free)
 
     def _find(self, address: int, length: int) -> tuple[memoryview | None, int]:
         """The view that holds all of it and the place in it; None when it is not within one range."""
@@ -247,5 +270,7 @@ class GuestRam:
             done += size
         self.counters.writes += 1
         self.counters.bytes_written += done
+        if self.log is not None:
+            self.log.mark(address, done)
         if self.on_dma_write is not None:
             self.on_dma_write(address, done)
