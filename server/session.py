@@ -4,6 +4,7 @@
 import errno
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from vfio_user.device_models.device import Device, IrqIndex
@@ -65,7 +66,8 @@ class Session:
 
     def negotiate(self, request: m.VersionRequest) -> m.VersionReply:
         """VERSION: what both sides may do from now on."""
-        agreed, reply = capabilities.accept(self._own, request)
+        own = self._own if self.host.migration.available else _without_migration(self._own)
+        agreed, reply = capabilities.accept(own, request)
         self.connection.max_message_size = agreed.max_message_size
         self.connection.max_receive_fds = agreed.max_receive_fds
         self.max_data_xfer_size = agreed.max_data_xfer_size
@@ -230,3 +232,8 @@ class Session:
     def _fail(self, message_id: int, error: VfioUserError) -> None:
         completion, _ = self._dma.pop(message_id)
         completion.fail(error)
+
+
+def _without_migration(own: capabilities.Version) -> capabilities.Version:
+    """Specification: missing `migration` means "migration is not supported by the sender"."""
+    return replace(own, capabilities=replace(own.capabilities, migration=None))

@@ -54,6 +54,7 @@ class Settings:
                 max_msg_fds=self.max_msg_fds,
                 max_data_xfer_size=self.max_data_xfer_size,
                 max_dma_maps=self.max_dma_maps,
+                migration=capabilities.Migration(),
             )
         )
 

@@ -18,6 +18,7 @@ from vfio_user.protocol.constants import (
 )
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.server.answer import Answer
+from vfio_user.server.dirty_handlers import logging_report, logging_start, logging_stop
 from vfio_user.server.migration.engine import MigrationEngine
 from vfio_user.transport.fds import OwnedFd
 
@@ -72,6 +73,9 @@ def _set_state(session: "Session", request: m.DeviceFeatureRequest) -> bytes:
 FEATURES: Mapping[DeviceFeature, Row] = {
     DeviceFeature.MIGRATION: Row(get=_get_migration, available=_migrates),
     DeviceFeature.MIG_DEVICE_STATE: Row(get=_get_state, set=_set_state, available=_migrates),
+    DeviceFeature.DMA_LOGGING_START: Row(set=logging_start),
+    DeviceFeature.DMA_LOGGING_STOP: Row(set=logging_stop),
+    DeviceFeature.DMA_LOGGING_REPORT: Row(get=logging_report),
 }
 """Specification: "Device Features"."""
 
@@ -121,7 +125,8 @@ def _set(session: "Session", request: m.DeviceFeatureRequest, method: Method) ->
 def _reply(request: m.DeviceFeatureRequest, data: bytes) -> Answer:
     """Specification: "Message sizes": a reply that does not fit tells the size that is needed."""
     needed = DEVICE_FEATURE_SIZE + len(data)
-    return Answer(m.DeviceFeatureReply(request.flags, data if needed <= request.argsz else b"", needed))
+    body = m.DeviceFeatureReply(request.flags, data if needed <= request.argsz else b"", needed)
+    return Answer(body, lasting=True)
 
 
 def mig_data_read(session: "Session", request: m.MigDataReadRequest, fds: list[OwnedFd]) -> Answer:

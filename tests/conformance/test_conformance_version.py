@@ -56,7 +56,7 @@ async def test_qemu_gets_our_limits(scratch: Served) -> None:
     major, minor, data = await propose(scratch, wire.version_text(QEMU, minor=0))
     assert (major, minor) == (0, 0)
     capabilities = json.loads(data.rstrip(b"\0"))["capabilities"]
-    assert capabilities == {"max_msg_fds": 16}
+    assert capabilities == {"max_msg_fds": 16, "migration": {"pgsize": 4096}}
 
 
 BAD_TEXTS = {
