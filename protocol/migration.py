@@ -124,15 +124,13 @@ def path(now: MigrationState, wanted: int) -> Path:
 
 
 def v1_path(now: MigrationState, value: int) -> Path:
-    """The arcs that writing `value` to device_state means; none for the value that is there.
+    """The arcs that writing `value` to device_state means; none where it says nothing new.
 
     DeviceError (EINVAL): not a legal combination of bits, or not a legal change.
     """
     before, wanted = STATES[now].v1, V1_STATES.get(value)
     if wanted is None:
         raise DeviceError(f"device_state {value:#x} is no state")
-    if value == before:
-        return ()
-    if value not in V1_ARCS[before]:
+    if value != before and value not in V1_ARCS[before]:
         raise DeviceError(f"device_state may not change from {before:#05b} to {value:#05b}")
     return path(now, wanted)

@@ -40,6 +40,9 @@ class Stoppable(Protocol):
     def running(self) -> bool:
         """Whether tasks and device time go on."""
 
+    def settle(self) -> None:
+        """Let tasks take note of the replies that have come."""
+
     def stop(self) -> None:
         """Cut tasks, freeze device time, fire no interrupt; remember what is started."""
 
@@ -181,6 +184,7 @@ class MigrationEngine:
         """The device stands still before and after."""
 
     def _quiesce(self) -> None:
+        self._host.settle()
         self._host.stop()
 
     def _resume(self) -> None:
