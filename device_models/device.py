@@ -26,8 +26,9 @@ task can be cut at any await and begun anew: nothing is lost, nothing happens tw
 await, and is not kept in an attribute or an exception.
 
 **Stop.** A stopped device still gets register accesses, `irq_unmasked` and `reset`. Starts are remembered
-by the host, device time stands still, nothing is sent; the host fires no interrupt, but remembers the
-level of INTx and fires it on `resume`.
+by the host, device time stands still, nothing is sent, no frame is taken from the wire (what is accepted
+after the state was saved would be lost). The host fires no interrupt, but remembers the level of INTx and
+fires it on `resume`, and tells of every vector that can be delivered then.
 
 **Time** is `host.clock()` and `host.call_at()`, in nanoseconds, frozen while the device is stopped.
 
@@ -128,6 +129,10 @@ class Host(Protocol):
     @property
     def dma(self) -> Dma:
         """Guest memory."""
+
+    @property
+    def running(self) -> bool:
+        """Whether the device is not stopped; see "Stop"."""
 
     def start(self, key: Hashable, work: Work) -> None:
         """Run the coroutine of `work` after the present message is answered; see "Tasks"."""

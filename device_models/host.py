@@ -31,10 +31,8 @@ class HostBase:
         self.start = self.tasks.start
         self.cancel = self.tasks.cancel
         self.clock = self.timers.clock
-
-    @property
-    def running(self) -> bool:
-        return not self.tasks.stopped
+        self.running = True
+        """Plain, because it is asked for each frame that comes."""
 
     def call_at(self, deadline: int, callback: Callable[[], None]) -> Timer:
         return self.timers.call_at(deadline, callback)
@@ -45,10 +43,12 @@ class HostBase:
 
     def stop(self) -> None:
         """Cut every task, freeze device time. Work that was under way is begun anew by `resume`."""
+        self.running = False
         self.tasks.stop()
         self.timers.freeze()
 
     def resume(self) -> None:
+        self.running = True
         self.timers.thaw()
         self.tasks.resume()
 

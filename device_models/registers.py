@@ -57,7 +57,7 @@ class Register:
 
     def __post_init__(self) -> None:
         limit = 1 << (8 * self.width)
-        masks = (self.reset, self.writable, self.write_1_to_clear, self.read_to_clear)
+        masks = (self.reset, self.writable, self.write_1_to_clear, self.read_to_clear, self.internal)
         if self.width not in (1, 2, 4, 8) or any(not 0 <= mask < limit for mask in masks):
             raise ValueError(f"register {self.name}: width {self.width} does not hold its masks")
         if self.writable & self.write_1_to_clear:

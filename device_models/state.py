@@ -133,6 +133,11 @@ class Reader:
         """An object within, read like a section."""
         return self._reader(self._take(name), name)
 
+    def maybe_record(self, name: str) -> "Reader | None":
+        """An object within, or null."""
+        value = self._take(name)
+        return None if value is None else self._reader(value, name)
+
     def records(self, name: str, most: int, least: int = 0) -> list["Reader"]:
         """Up to `most` objects within."""
         values = self._list(name, most, least)

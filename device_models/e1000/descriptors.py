@@ -4,6 +4,8 @@
 import struct
 from dataclasses import dataclass
 
+from vfio_user.device_models.state import U8, U16, Reader
+
 SIZE = 16
 
 # Receive (3.2.3): buffer address, length, packet checksum, status, errors, special
@@ -56,4 +58,15 @@ def parse_context(descriptor: bytes) -> Context:
         *(ipcss, ipcso, ipcse, tucss, tucso, tucse, header_length, mss),
         tcp=bool(command & TUCMD_TCP),
         ipv4=bool(command & TUCMD_IPV4),
+    )
+
+
+def read_context(reader: Reader) -> Context:
+    """A context from a section of the device's state: numbers as wide as in a descriptor."""
+    narrow = ("ip_start", "ip_offset", "tcp_start", "tcp_offset", "header_length")
+    return Context(
+        **{name: reader.integer(name, U8) for name in narrow},
+        **{name: reader.integer(name, U16) for name in ("ip_end", "tcp_end", "segment_size")},
+        tcp=reader.flag("tcp"),
+        ipv4=reader.flag("ipv4"),
     )

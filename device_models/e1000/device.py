@@ -4,7 +4,7 @@
 Source: Intel, "PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's Manual".
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vfio_user.device_models.device import Host
@@ -18,6 +18,7 @@ from vfio_user.device_models.net import NetBackend, NetDevice
 from vfio_user.device_models.pci import Bar, Identity, power_management
 from vfio_user.device_models.pci_device import PciDevice
 from vfio_user.device_models.registers import ReadHook, RegisterFile, WriteHook
+from vfio_user.device_models.state import Section
 
 REGISTERS = (
     *rows.CONTROL,
@@ -35,6 +36,7 @@ class E1000(NetDevice, PciDevice):
     model = "e1000"
     summary = "Intel 82540EM gigabit Ethernet, for the e1000 driver of every system"
     options = OPTIONS
+    state_version = 1
     identity = Identity(
         vendor_id=0x8086,
         device_id=0x100E,
@@ -65,6 +67,13 @@ class E1000(NetDevice, PciDevice):
         self.mac.phy.plug(up)
 
     # From the host: see device.Device
+
+    def state_sections(self) -> Sequence[Section]:
+        return (self.window.section("window"), *self.mac.sections())
+
+    def restored(self) -> None:
+        super().restored()
+        self.mac.restored()
 
     def reset_state(self) -> None:
         self.window.reset()

@@ -8,10 +8,12 @@ with rising clock edges while CS is high. Without a clock of its own, a write is
 from dataclasses import dataclass, field
 
 from vfio_user.device_models.e1000.bits import Eecd
+from vfio_user.device_models.state import U16, Apply, Fields, Reader, Section
 
 WORDS = 64
 CHECKSUM_WORD, CHECKSUM = 0x3F, 0xBABA
 _COMMAND_BITS, _DATA_BITS = 9, 16
+_PINS = Eecd.SK | Eecd.CS | Eecd.DI | Eecd.FWE | Eecd.REQ
 
 _CONTENT = {
     0x04: 0xFFFF,  # ID LED settings: the driver's default
@@ -55,7 +57,7 @@ class Eeprom:
 
     def write_pins(self, value: int) -> None:
         """EECD was written."""
-        before, self.pins = self.pins, value & (Eecd.SK | Eecd.CS | Eecd.DI | Eecd.FWE | Eecd.REQ)
+        before, self.pins = self.pins, value & _PINS
         if not value & Eecd.CS:
             if before & Eecd.CS:
                 self._deselect()
@@ -84,7 +86,9 @@ class Eeprom:
 
     def _clock(self, data: bool) -> None:
         if self.shift_out >= 0:
-            self.shift_out += 1
+            self.shift_out = (
+                self.shift_out % (WORDS * _DATA_BITS) + 1
+            )  # words follow each other round and round
         elif (data or self.bits_in) and len(self.bits_in) < _COMMAND_BITS + _DATA_BITS:
             self.bits_in.append(int(data))
             if len(self.bits_in) == _COMMAND_BITS and self._command()[0] == 0b10:
@@ -117,3 +121,35 @@ class Eeprom:
             self.words[:] = [0xFFFF] * WORDS
         elif opcode == 0b00 and address >> 4 == 0b01 and data is not None:  # WRAL
             self.words[:] = [data] * WORDS
+
+    # State
+
+    def section(self) -> Section:
+        """The contents, and where a command has got to."""
+        return Section("eeprom", 1, self._save, self._load)
+
+    def _save(self) -> Fields:
+        return {
+            "words": [*self.words],
+            "write_enabled": self.write_enabled,
+            "pins": self.pins,
+            "bits_in": [*self.bits_in],
+            "shift_out": self.shift_out,
+            "address": self.address,
+        }
+
+    def _load(self, reader: Reader) -> Apply:
+        words, write_enabled = reader.integers("words", U16, WORDS), reader.flag("write_enabled")
+        pins = reader.integer("pins", _PINS)
+        if pins & ~_PINS:
+            reader.refuse("pins", f"{pins:#x} has bits that are no pins")
+        bits_in = reader.integers("bits_in", 1, _COMMAND_BITS + _DATA_BITS, 0)
+        shift_out = reader.integer("shift_out", WORDS * _DATA_BITS, -1)
+        address = reader.integer("address", WORDS - 1)
+
+        def apply() -> None:
+            self.words[:], self.bits_in = words, bits_in
+            self.write_enabled, self.pins = write_enabled, pins
+            self.shift_out, self.address = shift_out, address
+
+        return apply

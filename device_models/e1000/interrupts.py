@@ -9,12 +9,15 @@ own may make the interval longer than the guest asked for.
 
 from vfio_user.device_models.device import Host
 from vfio_user.device_models.e1000.bits import Cause
+from vfio_user.device_models.e1000.options import LONGEST_INTERVAL
 from vfio_user.device_models.interrupts import Interrupts
 from vfio_user.device_models.registers import Cell, RegisterFile
+from vfio_user.device_models.state import U16, U64, Apply, Fields, Reader, Section, time_left
 from vfio_user.device_models.timers import Timer
 
 ITR_UNIT = 256  # ns (13.4.18)
 DELAY_UNIT = 1024  # ns (13.4.30, 13.4.44)
+LONGEST_WAIT = max(U16 * ITR_UNIT, LONGEST_INTERVAL * 1000)
 
 
 class Causes:
@@ -106,6 +109,30 @@ class Causes:
         self.not_before = 0
         self.update()
 
+    def section(self) -> Section:
+        """What ICR and IMS do not hold."""
+        return Section("moderation", 1, self._save, self._load)
+
+    def _save(self) -> Fields:
+        return {"wait": time_left(self.not_before, self._host.clock()), "fired": self.fired}
+
+    def _load(self, reader: Reader) -> Apply:
+        wait, fired = reader.integer("wait", LONGEST_WAIT), reader.integer("fired", U64)
+
+        def apply() -> None:
+            self._stop_timer()
+            self.not_before, self.fired = self._host.clock() + wait, fired
+
+        return apply
+
+    def restored(self) -> None:
+        """Wait for what was left of the interval; the pin's level has been restored."""
+        self._stop_timer()
+        if not self._icr.value & self._ims.value:
+            self._pin.set_level(False)
+        elif not self._pin.level:
+            self._timer = self._host.call_at(self.not_before, self._throttle_over)
+
 
 class DelayedCause:
     """A cause with a packet timer, begun anew by each event, and an absolute one, begun by the first."""
@@ -116,14 +143,12 @@ class DelayedCause:
         self._bit = bit
         self._packet, self._absolute = packet, absolute
         self._timer: Timer | None = None
+        self.waiting = False
+        """Whether the guest has not been told yet of an event."""
         self.deadline = 0
         """When the packet timer ends; of no meaning while no event waits."""
         self.limit = 0
         """When the absolute timer ends."""
-
-    @property
-    def waiting(self) -> bool:
-        return self._timer is not None
 
     def event(self) -> None:
         """Something happened that the guest is to learn of after the delay."""
@@ -133,21 +158,46 @@ class DelayedCause:
             return
         now = self._host.clock()
         self.deadline = now + delay * DELAY_UNIT
-        if self._timer is None:
+        if not self.waiting:
+            self.waiting = True
             self.limit = now + self._absolute.value * DELAY_UNIT if self._absolute.value else self.deadline
             self._arm()
 
     def flush(self) -> None:
         """End the delay now: for the flush bits, and before a cause that overtakes."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self.waiting:
+            self.reset()
             self._causes.set(self._bit)
 
     def reset(self) -> None:
+        self.waiting = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def save(self) -> Fields | None:
+        """The time left of both timers, if they run: for a section of the device's state."""
+        now = self._host.clock()
+        left = {"packet": time_left(self.deadline, now), "absolute": time_left(self.limit, now)}
+        return {**left} if self.waiting else None
+
+    def load(self, reader: Reader | None) -> Apply:
+        """See `state.Section.load`."""
+        longest = U16 * DELAY_UNIT
+        left = reader and (reader.integer("packet", longest), reader.integer("absolute", longest))
+
+        def apply() -> None:
+            now = self._host.clock()
+            self.reset()
+            if left:
+                self.waiting, self.deadline, self.limit = True, now + left[0], now + left[1]
+
+        return apply
+
+    def restored(self) -> None:
+        """Let the timers run."""
+        if self.waiting:
+            self._arm()
 
     def _arm(self) -> None:
         self._timer = self._host.call_at(min(self.deadline, self.limit), self._expired)
@@ -157,4 +207,5 @@ class DelayedCause:
         if min(self.deadline, self.limit) > self._host.clock():
             self._arm()
         else:
+            self.waiting = False
             self._causes.set(self._bit)

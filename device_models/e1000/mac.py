@@ -24,6 +24,7 @@ from vfio_user.device_models.net import NetBackend, Offload, WireSize
 from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.registers import RegisterFile
 from vfio_user.device_models.segmentation import segment, wire_size
+from vfio_user.device_models.state import Apply, Reader, Section
 
 
 class Mac:
@@ -94,6 +95,41 @@ class Mac:
         self.registers.cell("RAL").value = int.from_bytes(mac[:4], "little")
         self.registers.cell("RAH").value = int.from_bytes(mac[4:], "little") | RAH_AV
         self.buffer.configure()
+
+    # State
+
+    def sections(self) -> tuple[Section, ...]:
+        """Everything but the I/O window, in the order of applying."""
+        return (
+            Section("registers", 1, self.statistics.save_registers, self.registers.load),
+            self.statistics.section(),
+            self.eeprom.section(),
+            self.phy.section(),
+            Section("link", 1, lambda: {"up": self.link}, self._load_link),
+            self.causes.section(),
+            self.flow.section(),
+            self.buffer.section(),
+            self.receiver.section(),
+            self.transmitter.section(),
+        )
+
+    def _load_link(self, reader: Reader) -> Apply:
+        up = reader.flag("up")
+
+        def apply() -> None:
+            self.link = up
+
+        return apply
+
+    def restored(self) -> None:
+        """Timers, filters, where frames go, and the tasks that have work; the cable is that of our port."""
+        self.phy.restored()
+        self.flow.restored()
+        self.path_changed()
+        self.receiver.restored()
+        self.transmitter.restored()
+        self.causes.restored()
+        self.phy.plug(self._port.link_up)
 
     def reset(self) -> None:
         """CTRL.RST: everything but PCI configuration, EEPROM and PHY (13.4.1)."""

@@ -12,11 +12,14 @@ from vfio_user.device_models.e1000.ring import Ring
 from vfio_user.device_models.e1000.statistics import FCS, Statistics
 from vfio_user.device_models.net import NetBackend
 from vfio_user.device_models.registers import RegisterFile
+from vfio_user.device_models.state import U64, Apply, Fields, Reader, Section
 from vfio_user.device_models.tasks import Work
 
 CAPACITY = 128 * 1024
 """Bytes that the packet buffer holds before frames are refused. The chip has 48 KiB, but its frames come at
 the speed of a wire; ours come in bursts, as a scheduler lets them."""
+MOST = 3 * CAPACITY
+"""Bytes beyond which a frame that is looped back is lost."""
 LONGEST_STANDARD, LONGEST = 1522, 16384  # bytes with FCS (3.2.1, and RCTL.LPE in 13.4.22)
 SHORTEST = 14 + FCS  # a frame without even a header is a fragment; shorter than 64 is not: nobody pads here
 NEVER = 1 << 62
@@ -81,8 +84,10 @@ class PacketBuffer:
 
     def receive(self, frame: bytes) -> bool:
         """A frame from the port: see `net.Receiver.receive`. The hot path of receiving."""
-        if self.bytes >= CAPACITY:
+        if self.bytes >= CAPACITY or not self._host.running:
             self.refused = True
+            if not self._host.running:
+                self._host.start("port", self._tell_port)
             return False
         if not self.open:
             self.dropped += 1
@@ -106,7 +111,7 @@ class PacketBuffer:
             verdict = self.filter.judge(frame[:6])
         if not self._passes(frame, verdict, length):
             self._counts.add_other(length)
-        elif looped and len(self.frames) >= self._ring.owned:
+        elif looped and (len(self.frames) >= self._ring.owned or self.bytes >= MOST):
             self._miss(length)
         elif self._rctl.value & Rctl.EN:
             self._keep(frame, verdict, length)
@@ -177,7 +182,50 @@ class PacketBuffer:
         self._tell_room()
 
     def _tell_room(self) -> None:
+        self._accept()
+        self.on_room()
+
+    def _accept(self) -> None:
         if self.refused and self.bytes <= CAPACITY // 2:
             self.refused = False
             self._port.ready()
-        self.on_room()
+
+    async def _tell_port(self) -> None:
+        """A task that runs when the device is not stopped any more."""
+        self._accept()
+
+    # State
+
+    def section(self) -> Section:
+        """The frames that the wire has got rid of and the guest has not got."""
+        return Section("receive", 1, self._save, self._load)
+
+    def _save(self) -> Fields:
+        return {
+            "frames": [frame.hex() for frame, _ in self.frames],
+            "filtered": self.filtered,
+            "dropped": self.dropped,
+            "missed": self.missed,
+        }
+
+    def _load(self, reader: Reader) -> Apply:
+        frames = reader.data_list("frames", MOST // SHORTEST + 1, LONGEST - FCS, SHORTEST - FCS)
+        total = sum(map(len, frames)) + FCS * len(frames)
+        if total > MOST + LONGEST:
+            reader.refuse("frames", f"{total} bytes are more than the packet buffer holds")
+        filtered, dropped, missed = (reader.integer(n, U64) for n in ("filtered", "dropped", "missed"))
+
+        def apply() -> None:
+            self.frames = deque((frame, ACCEPTED) for frame in frames)
+            self.bytes = total
+            self.filtered, self.dropped, self.missed = filtered, dropped, missed
+
+        return apply
+
+    def restored(self) -> None:
+        """What follows from the registers; `refused` is between this device and its own port."""
+        self.configure()
+        self.frames = deque((frame, self.filter.judge(frame[:6])) for frame, _ in self.frames)
+        self.wake()
+        if self.refused:
+            self._host.start("port", self._tell_port)

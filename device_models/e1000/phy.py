@@ -8,6 +8,7 @@ Sources: IEEE 802.3, 22.2.4 and 28.2.4.1 (registers 0 to 10 and 15); Software De
 from collections.abc import Callable
 
 from vfio_user.device_models.device import Host
+from vfio_user.device_models.state import U16, Apply, Fields, Reader, Section, Value, time_left
 from vfio_user.device_models.timers import Timer
 
 ADDRESS = 1
@@ -70,6 +71,8 @@ class Phy:
         self._host = host
         self._on_change = on_change
         self._timer: Timer | None = None
+        self.negotiated_at: int | None = None
+        """Device time at which a negotiation that runs will be over."""
         self.cable = cable
         self.registers = [0] * 32
         self.paged: dict[int, int] = {}
@@ -141,21 +144,25 @@ class Phy:
 
     def restart(self) -> None:
         """Drop the link and look for it again: at once if the mode is forced, else after negotiation."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         control = self.registers[CONTROL]
         able = self.cable and not control & (POWER_DOWN | ISOLATE | LOOPBACK)
         self._set_link(False)
         if able and control & NEGOTIATE:
-            self._timer = self._host.call_at(self._host.clock() + NEGOTIATION_TIME, self._negotiated)
+            self.negotiated_at = self._host.clock() + NEGOTIATION_TIME
+            self._timer = self._host.call_at(self.negotiated_at, self._negotiated)
         elif able:
             speed = 2 if control & SPEED_HIGH else int(bool(control & SPEED_LOW))
             self._set_link(True, speed, bool(control & FULL_DUPLEX))
         self._on_change()
 
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.negotiated_at = None
+
     def _negotiated(self) -> None:
-        self._timer = None
+        self._timer = self.negotiated_at = None
         for number, bit, speed, full_duplex in _MODES:
             if self.registers[number] & bit:
                 self.registers[PARTNER], self.registers[EXPANSION] = _PARTNER, 0x0007
@@ -177,3 +184,45 @@ class Phy:
         if not up:
             registers[PARTNER] = registers[GIGABIT_STATUS] = 0
             registers[EXPANSION] = _DEFAULTS[EXPANSION]
+
+    # State
+
+    def section(self) -> Section:
+        """Registers, link and a negotiation under way."""
+        return Section("phy", 1, self._save, self._load)
+
+    def _save(self) -> Fields:
+        at = self.negotiated_at
+        paged: list[Value] = [{"page": page, "value": value} for page, value in sorted(self.paged.items())]
+        return {
+            "registers": [*self.registers],
+            "paged": paged,
+            "cable": self.cable,
+            "link": self.link,
+            "link_was_down": self.link_was_down,
+            "speed": self.speed,
+            "full_duplex": self.full_duplex,
+            "negotiation": None if at is None else time_left(at, self._host.clock()),
+        }
+
+    def _load(self, reader: Reader) -> Apply:
+        registers = reader.integers("registers", U16, 32)
+        pages = reader.records("paged", 256)
+        paged = {page.integer("page", 0xFF): page.integer("value", U16) for page in pages}
+        cable, link, was_down = reader.flag("cable"), reader.flag("link"), reader.flag("link_was_down")
+        speed, full_duplex = reader.integer("speed", 2), reader.flag("full_duplex")
+        left = reader.maybe_integer("negotiation", NEGOTIATION_TIME)
+
+        def apply() -> None:
+            self._stop_timer()
+            self.registers[:], self.paged = registers, paged
+            self.cable, self.link, self.link_was_down = cable, link, was_down
+            self.speed, self.full_duplex = speed, full_duplex
+            self.negotiated_at = None if left is None else self._host.clock() + left
+
+        return apply
+
+    def restored(self) -> None:
+        """Let a negotiation end."""
+        if self.negotiated_at is not None:
+            self._timer = self._host.call_at(self.negotiated_at, self._negotiated)

@@ -18,6 +18,7 @@ from vfio_user.device_models.e1000.statistics import FCS, Statistics
 from vfio_user.device_models.net import NetBackend
 from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.registers import RegisterFile
+from vfio_user.device_models.state import U64, Apply, Fields, Reader, Section
 
 SHORTEST = 60  # bytes without FCS; what a real wire would have padded
 BATCH = 64  # descriptors
@@ -73,6 +74,29 @@ class Receiver:
         self._limit = BATCH
         self.buffer.configure()
         self.buffer.discard()
+
+    def section(self) -> Section:
+        """What the registers and the packet buffer do not hold."""
+        return Section("receive_ring", 1, self._save, self._load)
+
+    def _save(self) -> Fields:
+        return {"delay": self.delay.save(), "dma_errors": self.dma_errors}
+
+    def _load(self, reader: Reader) -> Apply:
+        apply_delay = self.delay.load(reader.maybe_record("delay"))
+        dma_errors = reader.integer("dma_errors", U64)
+
+        def apply() -> None:
+            apply_delay()
+            self.ring_moved()
+            self._limit, self.dma_errors = BATCH, dma_errors
+
+        return apply
+
+    def restored(self) -> None:
+        """Let the delay end, and the task look for frames."""
+        self.delay.restored()
+        self.buffer.restored()
 
     async def work(self) -> None:
         """The task: moves frames into guest memory until there are no frames or no descriptors left."""

@@ -45,18 +45,20 @@ CONTROL = (
         ),
         text="device control",
     ),
-    Register("CTRL_DUP", 0x0004, text="a second place of CTRL"),
+    Register("CTRL_DUP", 0x0004, derived=True, text="a second place of CTRL"),
     Register(
         *("STATUS", 0x0008),
         fields=_flags(
             *("FD@0", "LU@1", "FUNCTION_ID@2+2", "TXOFF@4", "TBIMODE@5", "SPEED@6+2", "ASDV@8+2"),
             *("MTXCKOK@10", "PCI66@11", "BUS64@12", "PCIX_MODE@13", "PCIXSPD@14+2"),
         ),
+        derived=True,
         text="device status, read-only",
     ),
     Register(
         *("EECD", 0x0010),
         fields=_flags("SK@0", "CS@1", "DI@2", "DO@3", "FWE@4+2", "REQ@6", "GNT@7", "PRES@8", "SIZE@9"),
+        derived=True,
         text="EEPROM and flash control: the pins of the Microwire EEPROM",
     ),
     Register(
@@ -78,16 +80,22 @@ CONTROL = (
     Register("RXCW", 0x0180, text="receive configuration word (TBI only)"),
     Register("FCTTV", 0x0170, writable=LOW, text="flow control transmit timer value"),
     Register("LEDCTL", 0x0E00, reset=0x0706_8302, writable=0xCFCF_CFCF, text="LED control"),
-    Register("PBA", 0x1000, reset=0x0010_0030, writable=0x7F, text="packet buffer: KiB for receive"),
+    Register(
+        *("PBA", 0x1000),
+        reset=0x0010_0030,
+        writable=0x7F,
+        internal=0x7F << 16,
+        text="packet buffer: KiB for receive",
+    ),
     Register("PBS", 0x1008, writable=ALL, text="packet buffer size, diagnostic"),
 )
 
 INTERRUPT = (
     Register("ICR", 0x00C0, fields=CAUSES, text="interrupt causes, cleared by reading"),
     Register("ITR", 0x00C4, writable=LOW, text="least interval between interrupts, 256 ns"),
-    Register("ICS", 0x00C8, fields=CAUSES, text="sets causes; reads as ICR without clearing"),
+    Register("ICS", 0x00C8, fields=CAUSES, derived=True, text="sets causes; reads as ICR without clearing"),
     Register("IMS", 0x00D0, fields=CAUSES, text="enables causes"),
-    Register("IMC", 0x00D8, fields=CAUSES, text="disables causes"),
+    Register("IMC", 0x00D8, fields=CAUSES, derived=True, text="disables causes"),
 )
 
 RECEIVE = (
@@ -189,7 +197,7 @@ WAKE_UP = (
 
 IO_WINDOW = (
     Register("IOADDR", 0x00, writable=ALL, text="offset of the register that IODATA shows"),
-    Register("IODATA", 0x04, text="the register at IOADDR"),
+    Register("IODATA", 0x04, derived=True, text="the register at IOADDR"),
 )
 IO_SIZE = 64
 """Bytes of the I/O BAR."""

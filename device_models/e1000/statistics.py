@@ -14,6 +14,7 @@ from functools import partial
 
 from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.registers import ReadHook, Register, RegisterFile
+from vfio_user.device_models.state import U32, U64, Apply, Fields, Reader, Section
 
 FCS = 4
 """Bytes of the frame check sequence."""
@@ -78,7 +79,7 @@ _OCTETS = (
     (0x40C8, "TOT", "octets sent, all"),
 )
 STATISTICS = tuple(Register(name, offset, text=text) for offset, name, text in _COUNTERS) + tuple(
-    Register(name + half, offset + step, text=f"{text}, {word}")
+    Register(name + half, offset + step, derived=True, text=f"{text}, {word}")
     for offset, name, text in _OCTETS
     for half, step, word in (("L", 0, "low"), ("H", 4, "high"))
 )
@@ -176,6 +177,37 @@ class Statistics:
         """Bring all registers up to date: before they are read or saved."""
         self.received.settle()
         self.sent.settle()
+
+    def save_registers(self) -> Fields:
+        """The register file's state, with the 32-bit counters among it as a read would give them."""
+        self.settle()
+        for _, name, _ in _COUNTERS:
+            cell = self._file.cell(name)
+            cell.value = min(cell.value, U32)
+        return self._file.save()
+
+    def section(self) -> Section:
+        """The octet counters."""
+        return Section("octets", 1, self._save, self._load)
+
+    def _save(self) -> Fields:
+        self.settle()
+        return {
+            name: {"value": min(counter.value, U64), "noted": counter.noted}
+            for name, counter in self.octets.items()
+        }
+
+    def _load(self, reader: Reader) -> Apply:
+        records = [reader.record(name) for name in self.octets]
+        values = [(record.integer("value", U64), record.maybe_integer("noted", U64)) for record in records]
+
+        def apply() -> None:
+            self.received.lengths.clear()
+            self.sent.lengths.clear()
+            for counter, (value, noted) in zip(self.octets.values(), values, strict=True):
+                counter.value, counter.noted = value, noted
+
+        return apply
 
     def _read_octets(self, read: ReadHook, index: int) -> int:
         self.settle()

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The transmit side: the ring and its packets (Software Developer's Manual, 3.3 and 3.4)."""
 
+import dataclasses
 from collections.abc import Callable
 
 from vfio_user.device_models.device import Dma, DmaError, Host, pause
 from vfio_user.device_models.e1000.bits import Cause, Ctrl, Tctl
-from vfio_user.device_models.e1000.descriptors import DD, STATUS_OFFSET, Context
+from vfio_user.device_models.e1000.descriptors import DD, STATUS_OFFSET, Context, read_context
 from vfio_user.device_models.e1000.interrupts import Causes, DelayedCause
 from vfio_user.device_models.e1000.packets import Packet, Parsed, parse
 from vfio_user.device_models.e1000.ring import Ring
@@ -13,6 +14,7 @@ from vfio_user.device_models.e1000.statistics import FCS, Statistics
 from vfio_user.device_models.net import Offload, WireSize
 from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.registers import RegisterFile
+from vfio_user.device_models.state import U64, Apply, Fields, Reader, Section
 
 BATCH = 64  # descriptors
 BATCH_BYTES = 64 * 1024
@@ -68,6 +70,42 @@ class Transmitter:
         self.ring_moved()
         self.delay.reset()
         self.context = Context()
+
+    def section(self) -> Section:
+        """What the registers do not hold: of a packet whose end has not come nothing is kept here either."""
+        return Section("transmit", 1, self._save, self._load)
+
+    def _save(self) -> Fields:
+        return {
+            "context": dataclasses.asdict(self.context),
+            "owed": [*self.owed],
+            "owed_delayed": self.owed_delayed,
+            "owed_causes": self.owed_causes,
+            "delay": self.delay.save(),
+            "malformed": self.malformed,
+            "dma_errors": self.dma_errors,
+        }
+
+    def _load(self, reader: Reader) -> Apply:
+        context = read_context(reader.record("context"))
+        owed = reader.integers("owed", U64, LONGEST_CHAIN, 0)
+        owed_delayed, owed_causes = reader.flag("owed_delayed"), reader.integer("owed_causes", Cause.ALL)
+        apply_delay = self.delay.load(reader.maybe_record("delay"))
+        malformed, dma_errors = reader.integer("malformed", U64), reader.integer("dma_errors", U64)
+
+        def apply() -> None:
+            self.ring_moved()
+            self.context, self.owed = context, owed
+            self.owed_delayed, self.owed_causes = owed_delayed, owed_causes
+            apply_delay()
+            self.malformed, self.dma_errors = malformed, dma_errors
+
+        return apply
+
+    def restored(self) -> None:
+        """Let the delay end, and the task do what is owed."""
+        self.delay.restored()
+        self.wake()
 
     async def work(self) -> None:
         """The task: sends what is between head and tail."""

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""States saved by earlier versions still load, and today's version still saves what it did."""
+
+from pathlib import Path
+
+import pytest
+
+from golden import scenes
+from vfio_user.device_models.fake_migration import restore_device, save_device
+
+FILES = [(model, path) for model in scenes.SCENES for path in scenes.files(model)]
+NEWEST = [(model, scenes.files(model)[-1]) for model in scenes.SCENES]
+
+
+@pytest.mark.parametrize(("model", "path"), FILES, ids=[path.stem for _, path in FILES])
+def test_a_state_of_any_time_loads_and_is_kept_for_ever(model: str, path: Path) -> None:
+    saved = scenes.read(path)
+    host, device = scenes.SCENES[model][1]()
+    restore_device(host, device, saved)
+    again = save_device(host, device)
+    assert again.memories == saved.memories
+    old, new = saved.sections, again.sections
+    unchanged = [name for name in new if name in old and new[name][0] == old[name][0]]
+    assert unchanged
+    assert {name: new[name] for name in unchanged} == {name: old[name] for name in unchanged}
+    host.resume()
+    host.run()
+
+
+@pytest.mark.parametrize(("model", "path"), NEWEST, ids=[path.stem for _, path in NEWEST])
+def test_todays_state_is_in_the_newest_file(model: str, path: Path) -> None:
+    assert scenes.text(scenes.SCENES[model][0]()) == path.read_text(), "cd tests && python -m golden.scenes"
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
+    for make, _ in scenes.SCENES.values():
+        saved = make()
+        (tmp_path / "state.json").write_text(scenes.text(saved))
+        assert scenes.read(tmp_path / "state.json") == saved
