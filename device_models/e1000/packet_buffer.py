@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from vfio_user.device_models.device import Host
 from vfio_user.device_models.e1000.bits import Cause, Rctl
-from vfio_user.device_models.e1000.filters import ACCEPTED, FLOW_CONTROL, AddressFilter
+from vfio_user.device_models.e1000.filters import ACCEPTED, FLOW_CONTROL, INEXACT, AddressFilter
 from vfio_user.device_models.e1000.interrupts import Causes
 from vfio_user.device_models.e1000.ring import Ring
 from vfio_user.device_models.e1000.statistics import FCS, Statistics
@@ -23,6 +23,15 @@ MOST = 3 * CAPACITY
 LONGEST_STANDARD, LONGEST = 1522, 16384  # bytes with FCS (3.2.1, and RCTL.LPE in 13.4.22)
 SHORTEST = 14 + FCS  # a frame without even a header is a fragment; shorter than 64 is not: nobody pads here
 NEVER = 1 << 62
+_KEPT = {verdict | flow for verdict in (ACCEPTED, ACCEPTED | INEXACT) for flow in (0, FLOW_CONTROL)}
+
+
+def _from_version_1(fields: Fields) -> Fields:
+    """Version 1 left out by which filter each frame had passed, and judged it anew: by filters that the
+    guest may have changed since. "Inexact" is always true enough: it makes the guest look for itself."""
+    frames = fields["frames"]
+    count = len(frames) if isinstance(frames, list) else 0
+    return {**fields, "verdicts": bytes([ACCEPTED | INEXACT] * count).hex()}
 
 
 class PacketBuffer:
@@ -198,11 +207,12 @@ class PacketBuffer:
 
     def section(self) -> Section:
         """The frames that the wire has got rid of and the guest has not got."""
-        return Section("receive", 1, self._save, self._load)
+        return Section("receive", 2, self._save, self._load, {1: _from_version_1})
 
     def _save(self) -> Fields:
         return {
             "frames": [frame.hex() for frame, _ in self.frames],
+            "verdicts": bytes(verdict for _, verdict in self.frames).hex(),
             "filtered": self.filtered,
             "dropped": self.dropped,
             "missed": self.missed,
@@ -213,10 +223,13 @@ class PacketBuffer:
         total = sum(map(len, frames)) + FCS * len(frames)
         if total > MOST + LONGEST:
             reader.refuse("frames", f"{total} bytes are more than the packet buffer holds")
+        verdicts = reader.data("verdicts", len(frames))
+        if not {*verdicts} <= _KEPT:
+            reader.refuse("verdicts", "the filter keeps no frame with such a verdict")
         filtered, dropped, missed = (reader.integer(n, U64) for n in ("filtered", "dropped", "missed"))
 
         def apply() -> None:
-            self.frames = deque((frame, ACCEPTED) for frame in frames)
+            self.frames = deque(zip(frames, verdicts, strict=True))
             self.bytes = total
             self.filtered, self.dropped, self.missed = filtered, dropped, missed
 
@@ -225,7 +238,6 @@ class PacketBuffer:
     def restored(self) -> None:
         """What follows from the registers; `refused` is between this device and its own port."""
         self.configure()
-        self.frames = deque((frame, self.filter.judge(frame[:6])) for frame, _ in self.frames)
         self.wake()
         if self.refused:
             self._host.start("port", self._tell_port)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from golden import scenes
+from vfio_user.device_models.e1000.bench import BUFFER, RX_DATA, RX_RING, Bench
+from vfio_user.device_models.e1000.descriptors import DD, PIF, RECEIVE, SIZE
 from vfio_user.device_models.fake_migration import restore_device, save_device
 
 FILES = [(model, path) for model in scenes.SCENES for path in scenes.files(model)]
@@ -30,6 +32,23 @@ def test_a_state_of_any_time_loads_and_is_kept_for_ever(model: str, path: Path) 
 @pytest.mark.parametrize(("model", "path"), NEWEST, ids=[path.stem for _, path in NEWEST])
 def test_todays_state_is_in_the_newest_file(model: str, path: Path) -> None:
     assert scenes.text(scenes.SCENES[model][0]()) == path.read_text(), "cd tests && python -m golden.scenes"
+
+
+def test_frames_of_version_1_reach_the_guest_marked_as_not_exactly_filtered() -> None:
+    saved = scenes.read(scenes.FOLDER / "e1000-1.json")
+    assert (saved.sections["receive"][0], "verdicts" in saved.sections["receive"][1]) == (1, False)
+    bench = Bench()
+    restore_device(bench.host, bench.device, saved)
+    assert len(bench.device.mac.buffer.frames) == 6
+    bench.host.resume()
+    ring = RX_RING + 5 * SIZE  # two descriptors are left
+    for index in range(2):
+        RECEIVE.pack_into(bench.memory, ring + index * SIZE, RX_DATA + index * BUFFER, 0, 0, 0, 0, 0)
+    bench.run()
+    for index in range(2):
+        address, length, _, status, _, _ = RECEIVE.unpack_from(bench.memory, ring + index * SIZE)
+        assert (length, status & (DD | PIF)) == (104, DD | PIF)
+        assert bench.memory[address : address + 14] == scenes.MAC + scenes.PARTNER + b"\x08\x00"
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
