@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`scratch` moved back and forth under load, over every pair of protocols."""
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from migration.moving import MEMORY, MOVES, PATIENCE, WAYS, all_serving, open_yard, seeded
+from migration.scratch_guest import Copier
+from vfio_user.client.fake_vmm import VmmOptions
+from vfio_user.client.guest import open_guest
+from vfio_user.client.migration.migrate import Options, migrate
+from vfio_user.client.migration.report import Limits
+from vfio_user.device_models.scratch import Scratch
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("shared", [True, False], ids=["mapped", "by message"])
+@pytest.mark.parametrize(("source", "destination"), WAYS)
+async def test_it_is_moved_under_load(tmp_path: Path, source: str, destination: str, shared: bool) -> None:
+    with seeded(f"scratch {source} {destination} {shared}") as chance:
+        limits = Limits(rounds=chance.randrange(4))
+        vmm_options = VmmOptions(memory=MEMORY, shared=shared, resample=chance.random() < 0.5)
+        async with all_serving([Scratch, Scratch], tmp_path) as servers, open_yard(vmm_options) as yard:
+            here = await yard.start(servers[0])
+            async with open_guest([here.vmm]) as guest:
+                copier = Copier(guest.devices[0], chance)
+                guest.start(copier.run)
+                for number in range(MOVES):
+                    there = await yard.incoming(servers[(number + 1) % 2])
+                    await trio.sleep(chance.random() * 0.02)
+                    options = Options(source, destination, irqs_first=chance.random() < 0.5)
+                    report = await migrate(here.vmm, there.vmm, guest=guest, limits=limits, options=options)
+                    assert report.check().notes == ()
+                    await here.close()
+                    here, before = there, copier.copies
+                    with trio.fail_after(PATIENCE):
+                        while copier.copies == before:  # noqa: ASYNC110  # nobody tells
+                            await trio.sleep(0.001)
+            await here.close()
+
+
+@pytest.mark.parametrize(("source", "destination"), WAYS)
+async def test_a_copy_that_is_cut_goes_on_there(tmp_path: Path, source: str, destination: str) -> None:
+    size, target = 16 << 20, 16 << 20
+    options = VmmOptions(memory=((0, 32 << 20),), shared=False)  # by message it takes its time
+    async with all_serving([Scratch, Scratch], tmp_path) as servers, open_yard(options) as yard:
+        here, there = await yard.start(servers[0]), await yard.incoming(servers[1])
+        vmm, device = here.vmm, servers[0].device
+        assert isinstance(device, Scratch)
+        vmm.ram.write(0, b"\x5a" * size)
+        for offset, value, width in ((0xFE8, target, 8), (0xFF0, size, 4), (0xFF8, 1, 4)):
+            await vmm.write(0, offset, value, width)
+        while not device.copied.value:
+            await trio.lowlevel.checkpoint()
+        ways = Options(source, destination)
+        (await migrate(here.vmm, there.vmm, options=ways, limits=Limits(rounds=0))).check()
+        copied = device.copied.value
+        assert 0 < copied < size
+        # One piece more may have been written than the device has been told of.
+        assert vmm.ram.read(target, copied) == b"\x5a" * copied
+        assert vmm.ram.read(target + copied + 65536, 4096) == bytes(4096)
+        with trio.fail_after(PATIENCE):
+            await there.vmm.intx.wait()
+        assert there.vmm.ram.read(target, size) == b"\x5a" * size
+        assert device.copied.value == copied
