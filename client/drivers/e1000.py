@@ -18,7 +18,8 @@ from vfio_user.client.drivers import e1000_hardware as hw
 from vfio_user.client.drivers import packets
 from vfio_user.client.drivers.e1000_board import LINK_PATIENCE, Board, DriverError
 from vfio_user.client.drivers.e1000_hardware import Cause, Command, Rctl, Reg
-from vfio_user.client.fake_vmm import FakeVmm
+from vfio_user.client.guest import DriverAccess
+from vfio_user.client.memory import GuestRam
 
 __all__ = ["E1000", "DriverCounters", "DriverError", "open_e1000"]
 
@@ -45,13 +46,12 @@ class DriverCounters:
 class E1000:
     """A running NIC. `ring` is the number of descriptors of each ring, a multiple of 8."""
 
-    def __init__(self, vmm: FakeVmm, ring: int, link_patience: float = LINK_PATIENCE) -> None:
-        self.board = Board(vmm, link_patience)
+    def __init__(self, device: DriverAccess, ring: int, link_patience: float = LINK_PATIENCE) -> None:
+        self.board = Board(device, link_patience)
         self.counters = DriverCounters()
         self.causes: Counter[str] = Counter()
         """How often each interrupt cause was seen."""
-        self._vmm = vmm
-        self._ram = vmm.ram
+        self._device = device
         self._ring = ring
         self._statistics: Counter[str] = Counter()
         self._inbox: deque[bytes] = deque()
@@ -60,6 +60,11 @@ class E1000:
     @property
     def mac(self) -> bytes:
         return self.board.mac
+
+    @property
+    def _ram(self) -> GuestRam:
+        """Another one after the guest has been moved."""
+        return self._device.ram
 
     async def start(self) -> None:
         """From reset to a running NIC with a link. DriverError when the device does not behave."""
@@ -212,14 +217,14 @@ class E1000:
     async def serve_interrupts(self) -> None:
         """The interrupt handler, for ever."""
         while True:
-            self.counters.interrupts += await self._vmm.intx.wait()
+            self.counters.interrupts += await self._device.intx.wait()
             causes = await self.board.read(Reg.ICR)
             self.causes.update(cause.name for cause in Cause if causes & cause and cause.name)
             await self._clean_rx()
             self._clean_tx()
             self._progress.set()
             self._progress = trio.Event()
-            await self._vmm.intx.acknowledge()
+            await self._device.intx.acknowledge()
 
     # Statistics
 
@@ -246,10 +251,10 @@ def _segmentation_context(header: int, payload: int, mss: int) -> tuple[int, ...
 
 @contextlib.asynccontextmanager
 async def open_e1000(
-    vmm: FakeVmm, *, ring: int = 256, link_patience: float = LINK_PATIENCE
+    device: DriverAccess, *, ring: int = 256, link_patience: float = LINK_PATIENCE
 ) -> AsyncIterator[E1000]:
     """A started NIC whose interrupts are served; stopped at the end. DriverError when it does not start."""
-    nic = E1000(vmm, ring, link_patience)
+    nic = E1000(device, ring, link_patience)
     async with background() as nursery:
         nursery.start_soon(nic.serve_interrupts)
         await nic.start()

@@ -8,7 +8,7 @@ import trio
 from vfio_user.client.config_space import VENDOR_ID
 from vfio_user.client.drivers import e1000_hardware as hw
 from vfio_user.client.drivers.e1000_hardware import Ctrl, Eecd, Mdic, Reg
-from vfio_user.client.fake_vmm import FakeVmm
+from vfio_user.client.guest import DriverAccess
 
 _POLLS = 200
 
@@ -23,18 +23,18 @@ class DriverError(Exception):
 class Board:
     """Register access and the slow parts of start-up."""
 
-    def __init__(self, vmm: FakeVmm, link_patience: float = LINK_PATIENCE) -> None:
+    def __init__(self, device: DriverAccess, link_patience: float = LINK_PATIENCE) -> None:
         self.mac = bytes(6)
         self.eeprom: list[int] = []
         """The 64 words."""
-        self._vmm = vmm
+        self._device = device
         self._link_patience = link_patience
 
     async def read(self, offset: int) -> int:
-        return await self._vmm.read(hw.MEMORY_BAR, offset)
+        return await self._device.read(hw.MEMORY_BAR, offset)
 
     async def write(self, offset: int, value: int) -> None:
-        await self._vmm.write(hw.MEMORY_BAR, offset, value)
+        await self._device.write(hw.MEMORY_BAR, offset, value)
 
     async def write_all(self, values: Mapping[Reg, int]) -> None:
         """In the order of the mapping."""
@@ -43,7 +43,7 @@ class Board:
 
     async def reset(self) -> None:
         """Mask interrupts, stop both engines, and CTRL.RST through the I/O window, as Linux's driver."""
-        identity = await self._vmm.config.read(VENDOR_ID, 4)
+        identity = await self._device.config.read(VENDOR_ID, 4)
         if identity != hw.VENDOR_AND_DEVICE:
             raise DriverError(f"device {identity >> 16:04x} of vendor {identity & 0xFFFF:04x} is no 82540EM")
         await self.write_all({Reg.IMC: 0xFFFF_FFFF, Reg.RCTL: 0, Reg.TCTL: hw.TCTL_PSP})
@@ -55,11 +55,11 @@ class Board:
 
     async def _write_io(self, register: Reg, value: int) -> None:
         """IOADDR and IODATA (13.2.2.2)."""
-        bar = next((bar.index for bar in self._vmm.bars.values() if bar.io), None)
+        bar = next((bar.index for bar in self._device.bars.values() if bar.io), None)
         if bar is None:
             raise DriverError("there is no I/O BAR")
-        await self._vmm.write(bar, 0, register)
-        await self._vmm.write(bar, 4, value)
+        await self._device.write(bar, 0, register)
+        await self._device.write(bar, 4, value)
 
     async def set_up(self) -> None:
         """EEPROM, PHY, addresses, link."""
