@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vfio_user.benchmarks import dma_runs, protocol_runs
+from vfio_user.benchmarks import dirty_runs, dma_runs, protocol_runs
 from vfio_user.benchmarks.results import Results
 from vfio_user.client.qemu.lab import Lab
 
@@ -47,6 +47,16 @@ def _dma(
         yield contest.round
 
 
+@contextlib.contextmanager
+def _dirty(
+    opener: Callable[[Lab, Path], contextlib.AbstractContextManager[dirty_runs.DirtyContest]],
+    lab: Lab,
+    folder: Path,
+) -> Iterator[Round]:
+    with opener(lab, folder) as contest:
+        yield contest.round
+
+
 def _sample(run: Callable[[protocol_runs.Pair, int, Results], None]) -> Opener:
     return partial(_messages, protocol_runs.against_sample, run)
 
@@ -63,4 +73,5 @@ SUITES: Mapping[str, Suite] = {
         partial(_dma, partial(dma_runs.against_sample, live=dma_runs.C_LIMIT - 1)),
     ),
     "dma10k": Suite("DMA_MAP at 10,000 regions", 9, 3, partial(_dma, dma_runs.against_empty)),
+    "dirty": Suite("dirty reports", 9, 3, partial(_dirty, dirty_runs.against_sample)),
 }

@@ -54,6 +54,12 @@ class Wire:
             raise BenchmarkError(f"the server closed the connection ({len(data)} of {count} bytes)")
         return data
 
+    def receive_into(self, view: memoryview) -> None:
+        """Fill `view`."""
+        got = self.socket.recv_into(view, 0, socket.MSG_WAITALL)
+        if got != len(view):
+            raise BenchmarkError(f"the server closed the connection ({got} of {len(view)} bytes)")
+
 
 def _timeval(seconds: float) -> bytes:
     return array.array("q", [int(seconds), int(seconds % 1 * 1e6)]).tobytes()

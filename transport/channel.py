@@ -32,6 +32,11 @@ JOIN_LIMIT = 32 * 1024
 QUEUE_LIMIT = 4 << 20
 """Bytes of unsent data from which on `congested` tells the owner to stop reading requests."""
 
+SEND_BUFFER = 4 << 20
+"""Bytes that the kernel is asked to buffer; an administrator may allow less (net.core.wmem_max). A reply of
+megabytes is then sent while the peer reads: with the default of 208 KiB, sender and receiver on two CPUs
+sleep and wake for each 52 KiB of it."""
+
 FD_QUEUE_LIMIT = 16
 """Unsent descriptors, likewise: each is open in this process until it goes."""
 
@@ -74,6 +79,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, *, queue_limit: int = QUEUE_LIMIT) -> None:
         sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._sock = sock
         self._queue: deque[_Unsent] = deque()
         self.queue_limit = queue_limit

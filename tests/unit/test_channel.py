@@ -13,10 +13,19 @@ import trio
 import trio.testing
 
 from vfio_user.protocol.errors import VfioUserError
-from vfio_user.transport.channel import FD_QUEUE_LIMIT, JOIN_LIMIT, Channel, FdsLost, PeerGone
+from vfio_user.transport.channel import (
+    FD_QUEUE_LIMIT,
+    JOIN_LIMIT,
+    SEND_BUFFER,
+    Channel,
+    FdsLost,
+    PeerGone,
+)
 from vfio_user.transport.fds import OwnedFd, close_all
 
 Pair = tuple[Channel, Channel]
+LARGE = 6 * SEND_BUFFER
+"""The kernel doubles what it is asked for, and may count a little less than what it keeps."""
 
 
 def open_fds() -> int:
@@ -107,7 +116,7 @@ def test_more_than_253_descriptors_are_refused(pair: Pair) -> None:
 
 def test_what_does_not_fit_is_queued_in_order(pair: Pair) -> None:
     sender, receiver = pair
-    payload = bytearray(os.urandom(3 << 20))
+    payload = bytearray(os.urandom(LARGE))
     sender.send([b"first", memoryview(payload)])
     assert 0 < sender.pending < len(payload)
     expected = b"first" + bytes(payload) + b"second" + b"third"
@@ -120,6 +129,21 @@ def test_what_does_not_fit_is_queued_in_order(pair: Pair) -> None:
         reads += receive_all(receiver)
         sender.flush()
     assert joined(reads + receive_all(receiver)) == expected
+
+
+@pytest.mark.parametrize("head", [(), (b"head",)])
+def test_what_lasts_is_queued_as_it_is(pair: Pair, head: tuple[bytes, ...]) -> None:
+    sender, receiver = pair
+    payload = bytearray(LARGE)
+    sender.send([*head, payload], lasting=True)
+    sender.send([b"last"])
+    assert 4 < sender.pending < len(payload)
+    payload[-1] = 0xFF  # shows that it is not copied; a caller must not do so
+    data = joined(receive_all(receiver))
+    while not sender.flush():
+        data += joined(receive_all(receiver))
+    data += joined(receive_all(receiver))
+    assert data == b"".join(head) + payload + b"last"
 
 
 def test_descriptors_go_with_their_first_byte_only(pair: Pair) -> None:
@@ -143,7 +167,7 @@ def test_descriptors_go_with_their_first_byte_only(pair: Pair) -> None:
 
 def test_descriptors_of_a_message_that_is_sent_in_parts(pair: Pair) -> None:
     sender, receiver = pair
-    payload = os.urandom(2 << 20)
+    payload = os.urandom(LARGE)
     with OwnedFd(os.eventfd(0)) as fd:
         sender.send([b"head", payload], [fd.fileno()])
         assert sender.pending
