@@ -31,6 +31,7 @@ from vfio_user.protocol import capabilities
 from vfio_user.protocol import messages as m
 from vfio_user.protocol.constants import (
     DEVICE_INFO_SIZE,
+    HEADER_SIZE,
     REGION_INFO_SIZE,
     REGION_IO_FDS_SIZE,
     DmaUnmapFlags,
@@ -94,6 +95,11 @@ class Client(MigrationCommands):
         """`request` for a reply of a known kind that brings no descriptors."""
         return await self.finish(self.link.begin(body, fds), kind)
 
+    def expect(self, argsz: int) -> None:
+        """Let a reply body of so many bytes in: one that is asked for may be above max_data_xfer_size."""
+        connection = self.link.connection
+        connection.max_message_size = max(connection.max_message_size, HEADER_SIZE + argsz)
+
     def send_raw(self, data: Buffer, fds: Sequence[int] = ()) -> None:
         """Send bytes as they are. Replies to them end up in `link.bad_replies`."""
         self.link.send_raw((data,), fds)
@@ -122,8 +128,16 @@ class Client(MigrationCommands):
 
     async def dma_unmap(self, memory: RamRange, bitmap: m.Bitmap | None = None) -> m.DmaUnmapReply:
         """Take the range back, with its dirty bitmap when `bitmap` says how that is to be (v1)."""
+        return await self.dma_unmap_range(memory.address, memory.size, bitmap)
+
+    async def dma_unmap_range(
+        self, address: int, size: int, bitmap: m.Bitmap | None = None
+    ) -> m.DmaUnmapReply:
+        """As `dma_unmap`, for a range that may hold several regions."""
         flags = DmaUnmapFlags.GET_DIRTY_BITMAP if bitmap else DmaUnmapFlags(0)
-        return await self.ask(m.DmaUnmapRequest(flags, memory.address, memory.size, bitmap), m.DmaUnmapReply)
+        request = m.DmaUnmapRequest(flags, address, size, bitmap)
+        self.expect(request.argsz)
+        return await self.ask(request, m.DmaUnmapReply)
 
     async def dma_unmap_all(self) -> m.DmaUnmapReply:
         return await self.ask(m.DmaUnmapRequest(DmaUnmapFlags.ALL, 0, 0), m.DmaUnmapReply)
