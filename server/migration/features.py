@@ -137,7 +137,9 @@ def mig_data_read(session: "Session", request: m.MigDataReadRequest, fds: list[O
         raise DeviceError(f"MIG_DATA_READ of {request.size} bytes: {session.max_data_xfer_size} are allowed")
     if request.argsz < MIG_DATA_SIZE + request.size:
         raise DeviceError(f"MIG_DATA_READ: argsz {request.argsz} has no room for {request.size} bytes")
-    return Answer(m.MigDataReadReply(b"", more=tuple(engine.read(request.size))))
+    # Not copied, however slowly the client reads: where it changes the memory of the device meanwhile, it
+    # spoils the stream that it reads (linux/vfio.h: "or risk corruption"), and the digest tells.
+    return Answer(m.MigDataReadReply(b"", more=tuple(engine.read(request.size))), lasting=True)
 
 
 def mig_data_write(session: "Session", request: m.MigDataWriteRequest, fds: list[OwnedFd]) -> Answer:
