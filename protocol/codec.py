@@ -28,6 +28,7 @@ from vfio_user.protocol.constants import (
     TYPE_COMMAND,
     TYPE_REPLY,
     Command,
+    DirtyPagesFlags,
 )
 from vfio_user.protocol.errors import LocalProtocolError, RemoteProtocolError
 
@@ -41,6 +42,9 @@ WRITE_MULTI_HEAD: Final = struct.Struct("=Q")
 WRITE_MULTI_ENTRY: Final = struct.Struct("=QII8s")
 IRQ_SET_BODY: Final = struct.Struct("=IIIII")
 MIG_DATA_BODY: Final = struct.Struct("=II")
+FEATURE_BODY: Final = struct.Struct("=II")
+DIRTY_PAGES_BODY: Final = struct.Struct("=II")
+DIRTY_RANGE_BODY: Final = struct.Struct("=IIQQQQ")
 
 ACCESS_SIZE: Final = REGION_ACCESS.size
 """Header and fixed body of the region and DMA access messages: the payload's offset in the message."""
@@ -170,6 +174,28 @@ def _read_mig_data_payload(name: str, body: memoryview) -> tuple[Any, ...]:
     return _payload(name, body, size, MIG_DATA_BODY.size, "size"), argsz
 
 
+def _read_feature(name: str, body: memoryview) -> tuple[Any, ...]:
+    argsz, flags = _unpack(FEATURE_BODY, name, body)
+    return flags, body[FEATURE_BODY.size :], argsz
+
+
+def _read_dirty_pages(name: str, body: memoryview) -> tuple[Any, ...]:
+    argsz, flags = _unpack(DIRTY_PAGES_BODY, name, body)
+    if flags != DirtyPagesFlags.GET_BITMAP:
+        return flags, None, argsz
+    iova, size, *bitmap = _unpack(DIRTY_RANGE_BODY, name, body)[2:]
+    return flags, m.BitmapRange(iova, size, m.Bitmap(*bitmap)), argsz
+
+
+def _build_dirty_pages_reply(value: m.DirtyPagesReply) -> tuple[m.Payload, ...]:
+    if not value.flags and not value.argsz:
+        return ()
+    if value.range is None:
+        return (DIRTY_PAGES_BODY.pack(value.argsz, value.flags),)
+    place, bitmap = (value.range.iova, value.range.size), value.range.bitmap
+    return DIRTY_RANGE_BODY.pack(value.argsz, value.flags, *place, bitmap.pgsize, bitmap.size), value.data
+
+
 def _read_writes(name: str, body: memoryview) -> tuple[Any, ...]:
     (count,) = _unpack(WRITE_MULTI_HEAD, name, body)
     end = WRITE_MULTI_HEAD.size + WRITE_MULTI_ENTRY.size * count
@@ -202,6 +228,8 @@ _PARSERS: Mapping[type[m.Structure], _Parser] = {
     m.MigDataReadRequest: _read_mig_data,
     m.MigDataReadReply: _read_mig_data_payload,
     m.MigDataWriteRequest: _read_mig_data_payload,
+    m.DeviceFeatureRequest: _read_feature,
+    m.DirtyPagesRequest: _read_dirty_pages,
 }
 
 _REGION, _DMA, _MIG = REGION_ACCESS_BODY.pack, DMA_ACCESS_BODY.pack, MIG_DATA_BODY.pack
@@ -217,6 +245,8 @@ _BUILDERS: Mapping[type[m.Structure], Callable[[Any], tuple[m.Payload, ...]]] = 
     m.MigDataReadRequest: lambda v: (_MIG(v.argsz, v.size),),
     m.MigDataReadReply: lambda v: (_MIG(v.argsz, v.size), v.data, *v.more),
     m.MigDataWriteRequest: lambda v: (_MIG(v.argsz, len(v.data)), v.data),
+    m.DeviceFeatureReply: lambda v: (FEATURE_BODY.pack(v.argsz, v.flags), v.data),
+    m.DirtyPagesReply: _build_dirty_pages_reply,
 }
 
 

@@ -196,12 +196,13 @@ def logging_report(session: "Session", request: m.DeviceFeatureRequest) -> bytes
     EINVAL when logging is off, and for a page size, a range or a length of the bitmap as
     `DirtyTracking.check` has them; EOVERFLOW for a range that wraps around.
     """
-    asked = layouts.parse(m.DmaLoggingReport, request.data)
-    if is_page_size(asked.page_size):  # the kernel looks at the page size first
-        _check_wrap(asked.iova, asked.length)
-    length = session.host.dirty.check(asked.iova, asked.length, asked.page_size)
-    needed = _REPORT_HEAD.size + length
+    tracking = session.host.dirty
+    if len(request.data) < _REPORT_HEAD.size:
+        raise RemoteProtocolError(f"DMA_LOGGING_REPORT: {len(request.data)} bytes of data")
+    iova, length, page_size = _REPORT_HEAD.unpack_from(request.data)
+    if is_page_size(page_size):  # the kernel looks at the page size first
+        _check_wrap(iova, length)
+    needed = _REPORT_HEAD.size + tracking.check(iova, length, page_size)
     if request.argsz < DEVICE_FEATURE_SIZE + needed:
         return bytes(needed)  # it does not fit: only its length is told, and nothing is cleared
-    head = _REPORT_HEAD.pack(asked.iova, asked.length, asked.page_size)
-    return b"".join((head, session.host.dirty.report(asked.iova, asked.length, asked.page_size)))
+    return b"".join((_REPORT_HEAD.pack(iova, length, page_size), tracking.report(iova, length, page_size)))
