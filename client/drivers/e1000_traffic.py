@@ -4,6 +4,7 @@
 import random
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -91,23 +92,39 @@ class Traffic:
         batch: int = 32,
         progress: Callable[[int], None] = lambda _: None,
     ) -> BulkReport:
+        """`count` datagrams as of `flow`."""
+        return await self.flow(lambda sent: sent < count, window=window, batch=batch, progress=progress)
+
+    async def flow(
+        self,
+        more: Callable[[int], bool],
+        *,
+        window: int = 128,
+        batch: int = 32,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> BulkReport:
         """Numbered UDP datagrams of all sizes to the echo port, `window` of them under way; every one must
-        come back, once, in order, unchanged. `progress` is told how many have."""
-        sizes = [self._random.randint(64, LONGEST_FRAME - FRAME_HEADERS) for _ in range(count)]
-        under_way: list[bytes] = []
-        sent = done = 0
+        come back, once, in order, unchanged. `more` is asked before each, with how many were sent;
+        `progress` is told how many have come back."""
+        under_way: deque[bytes] = deque()
+        sent = done = payload = 0
         begun = time.perf_counter()
-        while done < count:
-            if sent < count and sent - done <= window - batch:
-                fresh = [self._datagram(n, sizes[n]) for n in range(sent, min(sent + batch, count))]
+        while True:
+            fresh: list[bytes] = []
+            while sent - done <= window - batch and len(fresh) < batch and more(sent + len(fresh)):
+                size = self._random.randint(64, LONGEST_FRAME - FRAME_HEADERS)
+                fresh.append(self._datagram(sent + len(fresh), size))
+            if fresh:
                 under_way += fresh
                 sent += len(fresh)
                 await self.nic.send([packets.udp(self.me, self.peer, self._ports(), d) for d in fresh])
-            else:
-                await self._take_datagram(done, under_way.pop(0))
+            elif under_way:
+                payload += len(under_way[0])
+                await self._take_datagram(done, under_way.popleft())
                 done += 1
                 progress(done)
-        return BulkReport(count, sum(sizes), time.perf_counter() - begun)
+            else:
+                return BulkReport(done, payload, time.perf_counter() - begun)
 
     def _ports(self) -> tuple[int, int]:
         return _PORT, UDP_ECHO_PORT
