@@ -42,6 +42,7 @@ class Port:
         self._queue: deque[bytes] = deque()
         self._work = trio.Event()
         self._progress = trio.Event()
+        self._connected = trio.Event()
         self._scope = trio.CancelScope()
 
     def send(self, frame: bytes) -> None:
@@ -58,6 +59,10 @@ class Port:
             raise SwitchError(f"the device has taken {taken} frames, {self.sent} were sent to it")
         return list(self._recent)[len(self._recent) - left :]
 
+    async def wait_connected(self) -> None:
+        """Wait until a server has connected; one that had another port here has done with that one then."""
+        await self._connected.wait()
+
     async def wait_received(self, count: int) -> None:
         """Wait until so many frames have come from the device."""
         while self.received < count:
@@ -66,12 +71,12 @@ class Port:
     def close(self) -> None:
         """Pull the cable."""
         self._scope.cancel()
-        self._listener.close()
 
     async def serve(self) -> None:
-        with self._scope:
+        with contextlib.closing(self._listener), self._scope:
             try:
                 stream = trio.SocketStream(await self._accept())
+                self._connected.set()
                 async with stream, trio.open_nursery() as nursery:
                     nursery.start_soon(self._write, stream)
                     await self._read(stream)
@@ -142,12 +147,15 @@ class Switch:
     def take(self, frame: bytes) -> None:
         """A frame from a device: the network's answer goes where the device is."""
         reply = self._answer(frame)
-        if reply is None:
-            return
+        if reply is not None:
+            self.send(reply)
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame of the network's own to where the device is."""
         if self._active is None:
-            self._held.append(reply)
+            self._held.append(frame)
         else:
-            self._active.send(reply)
+            self._active.send(frame)
 
     async def move(self, old: Port, new: Port, *, sent: int, taken: int) -> None:
         """The device is stopped at `old`, where its server has sent and the device taken so many frames.

@@ -18,10 +18,12 @@ from vfio_user.client.drivers.packets import Packet, Station
 
 GUEST_IP, PEER_IP = IPv4Address("10.0.2.15"), IPv4Address("10.0.2.2")
 UDP_ECHO_PORT = 7
+BEACON_PORT = 9000
 FRAME_HEADERS = packets.ETHERNET_SIZE + packets.IPV4_SIZE + packets.UDP_SIZE
 LONGEST_FRAME = 1514
 _IDENTIFIER, _PORT = 0x6D6F, 40000
 _NUMBER_SIZE = 4
+_BEACON_SIZE = 200
 
 
 class TrafficError(Exception):
@@ -59,6 +61,9 @@ class Traffic:
         self.patience = patience
         self.me = Station(nic.mac, GUEST_IP)
         self.peer = Station(bytes(6), PEER_IP)
+        self.beacons = 0
+        """Frames of `beacon` that have come."""
+        self._beacons_sent = 0
         self._random = random.Random(seed)
         self._noise = self._random.randbytes(1 << 16)
 
@@ -126,6 +131,23 @@ class Traffic:
             else:
                 return BulkReport(done, payload, time.perf_counter() - begun)
 
+    def beacon(self) -> bytes:
+        """The next of the numbered frames that the peer sends unasked; for who puts it on the wire. All of
+        them must come, once and in order, among all others."""
+        payload = self._beacon(self._beacons_sent)
+        self._beacons_sent += 1
+        return packets.udp(self.peer, self.me, (BEACON_PORT, _PORT), payload)
+
+    def _beacon(self, number: int) -> bytes:
+        start = number % (len(self._noise) - _BEACON_SIZE)
+        return number.to_bytes(_NUMBER_SIZE, "big") + self._noise[start : start + _BEACON_SIZE]
+
+    async def last_beacons(self) -> None:
+        """Wait for those that are under way."""
+        while self.beacons < self._beacons_sent:
+            if (packet := await self._receive_any("beacon")).identifier != BEACON_PORT:
+                raise TrafficError(f"a beacon was due: {packet}")
+
     def _ports(self) -> tuple[int, int]:
         return _PORT, UDP_ECHO_PORT
 
@@ -189,7 +211,16 @@ class Traffic:
             raise TrafficError(f"the device's statistics differ from the driver's: {', '.join(wrong)}")
 
     async def _receive(self, kind: packets.Kind) -> Packet:
-        """The next frame, checked."""
+        """The next frame that is no beacon, checked."""
+        packet = await self._receive_any(kind)
+        while packet.kind == "udp" and packet.identifier == BEACON_PORT:
+            packet = await self._receive_any(kind)
+        if packet.kind != kind:
+            raise TrafficError(f"{packet.kind} where {kind} was due")
+        return packet
+
+    async def _receive_any(self, kind: str) -> Packet:
+        """The next frame, checked; a beacon is counted."""
         frame = None
         with trio.move_on_after(self.patience):
             frame = await self.nic.receive()
@@ -199,9 +230,16 @@ class Traffic:
             packet = packets.parse(frame)
         except packets.BadPacket as error:
             raise TrafficError(f"a bad frame where {kind} was due: {error}") from error
-        if packet.kind != kind:
-            raise TrafficError(f"{packet.kind} where {kind} was due")
+        if packet.kind == "udp" and packet.identifier == BEACON_PORT:
+            self._take_beacon(packet)
         return packet
+
+    def _take_beacon(self, packet: Packet) -> None:
+        number = int.from_bytes(packet.payload[:_NUMBER_SIZE], "big")
+        if number != self.beacons or packet.source != self.peer or packet.sequence != _PORT:
+            raise TrafficError(f"beacon {number} comes where {self.beacons} was due")
+        self._compare(packet, self._beacon(number), f"beacon {number}")
+        self.beacons += 1
 
     def _data(self, size: int) -> bytes:
         start = self._random.randrange(len(self._noise) - size) if size < len(self._noise) else 0
