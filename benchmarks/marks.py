@@ -71,6 +71,8 @@ _ROWS = (
     Measure("dirty16g.split", "dirty report of 16 GiB, two CPUs", "ms", C, "most", 1.0, 0.7),
     Measure("dirty1t.same", "dirty report of 1 TiB, one CPU", "ms", C, "most", 0.7, 0.5),
     Measure("dirty1t.split", "dirty report of 1 TiB, two CPUs", "ms", C, "most", 0.7, 0.5),
+    Measure("state.same", "MIG_DATA_READ, 256 MiB by 1 MiB, one CPU", "MB/s", LIBRARY, "least", 1.0, 1.3),
+    Measure("state.split", "MIG_DATA_READ, 256 MiB by 1 MiB, two CPUs", "MB/s", LIBRARY, "least", 1.5, 1.8),
     Measure("tcp.out", "guest TCP out, the guest's own ITR", "Mbit/s", BUILT_IN, "least", 1.5),
     Measure("tcp.in", "guest TCP in, the guest's own ITR", "Mbit/s", BUILT_IN, "least", 1.1),
     Measure("best.out", "guest TCP out, best policy", "Mbit/s", BUILT_IN, "least", 2.0, 3.5),

@@ -61,13 +61,18 @@ def against_sample(lab: Lab, folder: Path) -> contextlib.AbstractContextManager[
     return open_pair(("scratch", our_server("scratch")), ("c-sample", sample), folder)
 
 
-def against_library(lab: Lab, folder: Path) -> contextlib.AbstractContextManager[Pair]:
-    """1 MiB of memory behind BAR1, with us and with libvfio-user."""
+def c_memory_server(lab: Lab, folder: Path) -> Entrant:
+    """1 MiB of memory behind BAR1, in C with libvfio-user."""
     library = lab.libvfio_library.parent
     flags = ("-I", str(lab.libvfio_source / "include"), "-L", str(library), "-lvfio-user")
     program = compiled("bulk_server", folder, *flags, f"-Wl,-rpath,{library}")
+    return "c-memory", [str(program), "{socket}"]
+
+
+def against_library(lab: Lab, folder: Path) -> contextlib.AbstractContextManager[Pair]:
+    """1 MiB of memory behind BAR1, with us and with libvfio-user."""
     ours = our_server("vfio_user.benchmarks.memory_device:Memory")
-    return open_pair(("memory", ours), ("c-memory", [str(program), "{socket}"]), folder)
+    return open_pair(("memory", ours), c_memory_server(lab, folder), folder)
 
 
 def two_cpus() -> tuple[int, int]:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
-from vfio_user.benchmarks import dirty_runs, dma_runs, protocol_runs
+from vfio_user.benchmarks import dirty_runs, dma_runs, migration_runs, protocol_runs
 from vfio_user.benchmarks.results import Results
 from vfio_user.client.qemu.lab import Lab
 
@@ -37,21 +38,16 @@ def _messages(
         yield partial(run, pair)
 
 
-@contextlib.contextmanager
-def _dma(
-    opener: Callable[[Lab, Path], contextlib.AbstractContextManager[dma_runs.DmaContest]],
-    lab: Lab,
-    folder: Path,
-) -> Iterator[Round]:
-    with opener(lab, folder) as contest:
-        yield contest.round
+class Contest(Protocol):
+    """Two servers, and what of them is compared."""
+
+    def round(self, number: int, results: Results) -> None:
+        """Measure both, and add to the results."""
 
 
 @contextlib.contextmanager
-def _dirty(
-    opener: Callable[[Lab, Path], contextlib.AbstractContextManager[dirty_runs.DirtyContest]],
-    lab: Lab,
-    folder: Path,
+def _contest(
+    opener: Callable[[Lab, Path], contextlib.AbstractContextManager[Contest]], lab: Lab, folder: Path
 ) -> Iterator[Round]:
     with opener(lab, folder) as contest:
         yield contest.round
@@ -65,13 +61,14 @@ SUITES: Mapping[str, Suite] = {
     "roundtrip": Suite("round trips", 15, 5, _sample(protocol_runs.round_trip)),
     "posted": Suite("posted writes", 9, 3, _sample(protocol_runs.posted)),
     "bulk": Suite("bulk reads", 7, 3, partial(_messages, protocol_runs.against_library, protocol_runs.bulk)),
-    "dma": Suite("DMA_MAP", 9, 3, partial(_dma, dma_runs.against_sample)),
+    "dma": Suite("DMA_MAP", 9, 3, partial(_contest, dma_runs.against_sample)),
     "dma15": Suite(
         "DMA_MAP at 15 regions",
         5,
         3,
-        partial(_dma, partial(dma_runs.against_sample, live=dma_runs.C_LIMIT - 1)),
+        partial(_contest, partial(dma_runs.against_sample, live=dma_runs.C_LIMIT - 1)),
     ),
-    "dma10k": Suite("DMA_MAP at 10,000 regions", 9, 3, partial(_dma, dma_runs.against_empty)),
-    "dirty": Suite("dirty reports", 9, 3, partial(_dirty, dirty_runs.against_sample)),
+    "dma10k": Suite("DMA_MAP at 10,000 regions", 9, 3, partial(_contest, dma_runs.against_empty)),
+    "dirty": Suite("dirty reports", 9, 3, partial(_contest, dirty_runs.against_sample)),
+    "state": Suite("MIG_DATA_READ", 5, 2, partial(_contest, migration_runs.against_library)),
 }
