@@ -4,8 +4,7 @@
 import contextlib
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import trio
@@ -40,52 +39,69 @@ def seeded(name: str) -> Iterator[random.Random]:
         raise
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A device served in this process."""
+Make = Callable[[ServerHost], Device]
+Prepare = Callable[[NativeServer, contextlib.ExitStack], Make]
+"""What is put on the stack goes with the server."""
 
-    path: Path
-    native: NativeServer
+
+class Server:
+    """A device served in this process, until it is closed or its yard is."""
+
+    def __init__(self, path: Path, native: NativeServer, stack: contextlib.ExitStack) -> None:
+        self.path = path
+        self.native = native
+        self._stack = stack
+        self._leave = trio.Event()
+        self._gone = trio.Event()
 
     @property
     def device(self) -> Device:
         assert self.native.device is not None
         return self.native.device
 
+    def counted(self, name: str) -> int:
+        return self.native.counters()[name]
 
-@contextlib.asynccontextmanager
-async def serving(make: Callable[[ServerHost], Device], path: Path) -> AsyncIterator[Server]:
-    """A server of what `make` makes."""
-    with NativeServer(Settings(spin_us=0)) as native:
-        native.install(make)
-        listener = Listener.bind(path)
+    async def close(self) -> None:
+        """End it, as if it had been killed."""
+        self._leave.set()
+        await self._gone.wait()
+
+    async def hold(self, listener: Listener) -> None:
         try:
-            native.listen(listener)
+            self.native.listen(listener)
             async with background() as nursery:
-                nursery.start_soon(native.run)
-                yield Server(path, native)
+                nursery.start_soon(self.native.run)
+                await self._leave.wait()
         finally:
+            self._stack.close()
             listener.close()
-
-
-@contextlib.asynccontextmanager
-async def all_serving(
-    makers: Sequence[Callable[[ServerHost], Device]], folder: Path
-) -> AsyncIterator[list[Server]]:
-    """A server of each."""
-    async with contextlib.AsyncExitStack() as stack:
-        yield [
-            await stack.enter_async_context(serving(make, folder / f"server{number}"))
-            for number, make in enumerate(makers)
-        ]
+            self._gone.set()
 
 
 class Yard:
-    """Attaches VMMs; `options` are for all of them."""
+    """Servers and VMMs that come and go; `options` are for all VMMs."""
 
-    def __init__(self, nursery: trio.Nursery, options: VmmOptions) -> None:
-        self._nursery = nursery
+    def __init__(self, folder: Path, options: VmmOptions, nursery: trio.Nursery) -> None:
+        self.folder = folder
         self.options = options
+        self._nursery = nursery
+        self._served = 0
+
+    def serve(self, make: Make) -> Server:
+        """Serve what `make` makes, with nothing behind it."""
+        return self.serve_on(lambda _native, _stack: make)
+
+    def serve_on(self, prepare: Prepare) -> Server:
+        """The same; `prepare` is given the server first, to open what its device needs."""
+        path = self.folder / f"server{self._served}"
+        self._served += 1
+        with contextlib.ExitStack() as stack:
+            native = stack.enter_context(NativeServer(Settings(spin_us=0)))
+            native.install(prepare(native, stack))
+            server = Server(path, native, stack.pop_all())
+            self._nursery.start_soon(server.hold, Listener.bind(path))
+        return server
 
     async def start(self, server: Server, ram: GuestRam | None = None) -> Attachment:
         return await attach(self._nursery, server.path, self.options, ram=ram)
@@ -95,6 +111,13 @@ class Yard:
 
 
 @contextlib.asynccontextmanager
-async def open_yard(options: VmmOptions | None = None) -> AsyncIterator[Yard]:
+async def open_yard(folder: Path, options: VmmOptions | None = None) -> AsyncIterator[Yard]:
     async with background() as nursery:
-        yield Yard(nursery, options or VmmOptions(memory=MEMORY))
+        yield Yard(folder, options or VmmOptions(memory=MEMORY), nursery)
+
+
+async def wait_until(done: Callable[[], bool]) -> None:
+    """Look again and again; fails after PATIENCE."""
+    with trio.fail_after(PATIENCE):
+        while not done():  # noqa: ASYNC110  # nobody tells
+            await trio.sleep(0.0005)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A guest with an e1000 under load, on a network that goes with it: an echo service behind a switch."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from migration.moving import Make, Server, Yard
+from vfio_user.client.attachment import Attachment
+from vfio_user.client.switch import Port, Switch
+from vfio_user.device_models.catalog import load_model, make_device
+from vfio_user.server.engines.native import NativeServer
+from vfio_user.server.net.factory import open_backend
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """An e1000 at a place: its server, the VMM on it, and its cable."""
+
+    server: Server
+    attachment: Attachment
+    port: Port
+
+    @property
+    def sent(self) -> int:
+        """Frames that the device has put on the wire."""
+        assert not self.server.counted("net_sent_dropped")
+        return self.server.counted("net_sent_frames")
+
+    @property
+    def taken(self) -> int:
+        """Frames that the device has accepted from the wire."""
+        assert not self.server.counted("net_received_dropped")
+        return self.server.counted("net_received_frames")
+
+    async def close(self) -> None:
+        await self.attachment.close()
+        await self.server.close()
+
+
+async def open_stand(yard: Yard, switch: Switch, number: int, *, incoming: bool) -> Stand:
+    path = yard.folder / f"wire{number}"
+    port = await switch.open_port(path)
+
+    def prepare(native: NativeServer, stack: ExitStack) -> Make:
+        backend = open_backend(f"stream:{path}", native.poller, native.call_later)
+        stack.callback(backend.close)
+        return lambda host: make_device(load_model("e1000"), host, backend, {})
+
+    server = yard.serve_on(prepare)
+    attachment = await (yard.incoming(server) if incoming else yard.start(server))
+    return Stand(server, attachment, port)
+
+
+async def rewire(switch: Switch, here: Stand, there: Stand) -> None:
+    """While both stand still: the network finds the device at its new place."""
+    await switch.move(here.port, there.port, sent=here.sent, taken=here.taken)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""An e1000 moved from server to server while frames flow, over every pair of protocols.
+
+The guest numbers its datagrams and looks at every answer; the wire is a switch that knows what each device
+has taken. So a frame that is lost, or comes twice, or is changed, ends the test.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from migration.moving import MEMORY, MOVES, WAYS, open_yard, seeded, wait_until
+from migration.nic_guest import Stand, open_stand, rewire
+from vfio_user.client.drivers.e1000 import E1000
+from vfio_user.client.drivers.e1000_traffic import Traffic
+from vfio_user.client.fake_vmm import VmmOptions
+from vfio_user.client.guest import Guest, open_guest
+from vfio_user.client.migration.migrate import Options, migrate
+from vfio_user.client.migration.report import Limits
+from vfio_user.client.switch import Switch, open_switch
+from vfio_user.device_models.echo import Responder
+
+
+@dataclass
+class Load:
+    """Datagrams under way all the time, until `going` is False."""
+
+    traffic: Traffic
+    going: bool = True
+    done: int = 0
+    ended: bool = False
+
+    async def run(self) -> None:
+        await self.traffic.flow(lambda _: self.going, window=48, batch=8, progress=self._progress)
+        self.ended = True
+
+    def _progress(self, done: int) -> None:
+        self.done = done
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("shared", [True, False], ids=["mapped", "by message"])
+@pytest.mark.parametrize(("source", "destination"), WAYS)
+async def test_it_is_moved_under_load(tmp_path: Path, source: str, destination: str, shared: bool) -> None:
+    with seeded(f"e1000 {source} {destination} {shared}") as chance:
+        vmm_options = VmmOptions(memory=MEMORY, shared=shared, resample=chance.random() < 0.5)
+        async with open_yard(tmp_path, vmm_options) as yard, open_switch(Responder().answer) as switch:
+            here = await open_stand(yard, switch, 0, incoming=False)
+            async with open_guest([here.attachment.vmm]) as guest:
+                nic = E1000(guest.devices[0], ring=chance.choice((16, 64, 256)))
+                guest.start(nic.serve_interrupts)
+                await guest.run(nic.start)
+                load = Load(Traffic(nic, seed=chance.randrange(1 << 30), patience=15))
+                await guest.run(load.traffic.resolve)
+                guest.start(load.run)
+                for number in range(1, MOVES + 1):
+                    there = await open_stand(yard, switch, number, incoming=True)
+                    await trio.sleep(chance.random() * 0.02)
+                    await move(guest, switch, here, there, Options(source, destination), chance)
+                    await here.close()
+                    here, before = there, load.done
+                    await wait_until(lambda before=before: load.done > before)  # type: ignore[misc]
+                load.going = False
+                await wait_until(lambda: load.ended)
+                # The card has counted on over all the servers; and nothing was dropped or done twice.
+                await guest.run(load.traffic.check_statistics)
+
+
+async def move(
+    guest: Guest, switch: Switch, here: Stand, there: Stand, options: Options, chance: random.Random
+) -> None:
+    """With the settings that chance gives; the memories must have been equal."""
+    options = replace(options, irqs_first=chance.random() < 0.5, switch=lambda: rewire(switch, here, there))
+    limits = Limits(rounds=chance.randrange(4))
+    vmms = here.attachment.vmm, there.attachment.vmm
+    report = (await migrate(*vmms, guest=guest, limits=limits, options=options)).check()
+    assert report.notes == ()
+    assert report.verified_pages == sum(size for _, size in MEMORY) // 4096
