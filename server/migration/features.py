@@ -29,7 +29,9 @@ Method = Callable[["Session", m.DeviceFeatureRequest], bytes]
 """Does what a GET or SET asks, and gives the data of the reply."""
 
 _GET, _SET, _PROBE = DeviceFeatureFlags.GET, DeviceFeatureFlags.SET, DeviceFeatureFlags.PROBE
-_KNOWN = DEVICE_FEATURE_MASK | _GET | _SET | _PROBE
+_KNOWN = int(
+    DEVICE_FEATURE_MASK | _GET | _SET | _PROBE
+)  # a plain number: ~ of a flag knows its own bits only
 
 SUPPORTED: Final = MigrationFlags.STOP_COPY | MigrationFlags.P2P | MigrationFlags.PRE_COPY
 
