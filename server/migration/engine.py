@@ -64,7 +64,7 @@ class MigrationEngine:
         self._broken = False
         """A restore has failed, and so has the way back: only a reset helps."""
         self.session = 0
-        """Another number for each session of saving or resuming; pre-copy and stop-and-copy are one."""
+        """Another number when a session of saving begins or ends; pre-copy and stop-and-copy are one."""
         self.state = MigrationState.RUNNING
         self.reason = ""
         """Why the state is ERROR."""
@@ -209,6 +209,7 @@ class MigrationEngine:
     def _end_saving(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:
+            self.session += 1
             try:
                 writer.close()
             except Exception:
@@ -216,7 +217,6 @@ class MigrationEngine:
 
     def _begin_resuming(self) -> None:
         self._reader = StreamReader(Shape.of(self._device))
-        self.session += 1
 
     def _restore(self) -> None:
         """Swap the new state in. If anything raises, the device has the state of before."""
