@@ -10,7 +10,8 @@ export VFIO_USER_SOAK ?=
 .PHONY: help demo test lint unit qemu soak bench lab clean
 
 help:
-	@echo "make demo   see it work: an e1000 driven the way a driver does, and a guest where QEMU is found"
+	@echo "make demo   see it work: an e1000 driven and moved under load, and a guest where QEMU is found"
+	@echo "            make demo PLOT=run.svg draws the migrations too"
 	@echo "make test   everything: lint, types, unit, conformance, and QEMU with a real guest (as root)"
 	@echo "make lint   ruff and mypy --strict"
 	@echo "make unit   lint, unit and conformance tests only: no lab, no root"
@@ -31,8 +32,14 @@ $(VENV)/.test: $(VENV)/.runtime
 	@$(BIN)/python -c 'import pytest, hypothesis, mypy, scapy'
 	@touch $@
 
-demo: $(VENV)/.runtime
-	@$(BIN)/vfio-user demo
+$(VENV)/.plot: $(VENV)/.runtime
+	@echo "== matplotlib in $(VENV)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[plot]' 2>&1 | grep -v '^WARNING: Location' || true
+	@$(BIN)/python -c 'import matplotlib.figure'
+	@touch $@
+
+demo: $(VENV)/.runtime $(if $(PLOT),$(VENV)/.plot)
+	@$(BIN)/vfio-user demo $(if $(PLOT),--plot $(PLOT))
 
 lint: $(VENV)/.test
 	@echo "== ruff"

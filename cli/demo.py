@@ -1,61 +1,111 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`vfio-user demo`: an e1000 in a second process, driven the way a guest's driver does."""
+"""`vfio-user demo`: an e1000 driven by a guest's driver, moved under load, and put into a real guest."""
 
 import contextlib
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import click
 import trio
 from rich.console import Console
 
-from vfio_user.cli.demo_account import Account, Result, result_table
+from vfio_user.cli.demo_account import Account
+from vfio_user.cli.demo_plot import PlotError, check_plot, draw
+from vfio_user.cli.demo_tables import downtime_table, rounds_table, trial_table, verified_table
 from vfio_user.cli.main import fail
 from vfio_user.client.background import background
-from vfio_user.client.drivers.e1000 import DriverError, open_e1000
-from vfio_user.client.drivers.e1000_traffic import Traffic, TrafficError
-from vfio_user.client.fake_vmm import VmmOptions, open_vmm
+from vfio_user.client.drivers.e1000 import DriverError
+from vfio_user.client.drivers.e1000_traffic import TrafficError
+from vfio_user.client.drivers.e1000_trial import Trial, try_e1000
 from vfio_user.client.qemu.command import MachineOptions, VfioUserDevice
 from vfio_user.client.qemu.lab import Lab, find_qemu
 from vfio_user.client.qemu.machine import MachineError, open_machine
 from vfio_user.client.qemu.paths import lab_root
 from vfio_user.client.qemu.shell import LabError
 from vfio_user.client.server_process import ServerError, ServerProcess, serving
+from vfio_user.client.switch import SwitchError
+from vfio_user.client.tour import WAYS, TourError, TourOptions, open_tour
+from vfio_user.client.tour_report import Move, TourReport
 from vfio_user.protocol.errors import VfioUserError
 from vfio_user.transport.channel import PeerGone
 
-OPTIONS = {shared: VmmOptions(shared=shared, resample=True, spin=100e-6) for shared in (True, False)}
-"""By whether the device may map guest memory. INTx is unmasked by an eventfd, as under KVM; the driver
-looks for a reply for 100 us before it sleeps, as a busy vCPU would."""
-PINGS, REGISTER_READS = 200, 500
-KNOWN = (TrafficError, DriverError, ServerError, VfioUserError, MachineError, LabError, OSError)
+KNOWN = (
+    TrafficError,
+    DriverError,
+    ServerError,
+    SwitchError,
+    TourError,
+    VfioUserError,
+    MachineError,
+    LabError,
+    OSError,
+)
 GUEST_SET_UP = "ip addr add 10.0.2.15/24 dev eth0 && ip link set eth0 up"
 GUEST_WAIT = "for i in $(seq 100); do [ $(cat /sys/class/net/eth0/carrier) = 1 ] && break; sleep 0.1; done"
 GUEST_DRIVER = r"dmesg | grep 'e1000 0000.*eth0' | sed 's/^\[[^]]*\] //'"
 GUEST_PING = "ping -c 5 -i 0.2 10.0.2.2"
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the user has asked for; `why_not`: the reason why there is no lab."""
+
+    frames: int
+    moves: int
+    rate: int
+    plot: Path | None
+    lab: Lab | None
+    why_not: str
+
+
 @click.command("demo")
 @click.option(
-    "--frames", type=click.IntRange(1), default=4000, show_default=True, help="Bulk frames per run."
+    "--frames",
+    type=click.IntRange(1),
+    default=2000,
+    show_default=True,
+    help="Bulk frames of each run of the driver.",
 )
+@click.option(
+    "--moves",
+    type=click.IntRange(0, 1000),
+    default=len(WAYS),
+    show_default=True,
+    help="Live migrations, over v1 and v2 in turn.",
+)
+@click.option(
+    "--rate",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    metavar="MBIT/S",
+    help="Rate of the link between the hosts.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the migrations: FILE.png or FILE.svg.")
 @click.option(
     "--qemu/--no-qemu", default=None, help="Boot a guest too (default: if there is a QEMU and a guest)."
 )
-def command(frames: int, qemu: bool | None) -> None:
-    """See it work: a network card in one process, its driver in another, every frame checked.
+def command(frames: int, moves: int, rate: int, plot: Path | None, qemu: bool | None) -> None:
+    """See it work: a network card in a process of its own, driven, moved under load, every frame checked.
 
     Needs no privileges. Ends with 0 when everything arrived as it was sent.
     """
+    if plot is not None:
+        try:
+            check_plot(plot)
+        except PlotError as error:
+            fail(str(error))
+        if not moves:
+            fail("--plot draws migrations: leave --moves 0 away")
     lab, why_not = (None, "not asked for") if qemu is False else _find_lab()
     if qemu and lab is None:
         fail(why_not)
-    sys.exit(trio.run(_main, Account(Console()), frames, lab, why_not))
+    sys.exit(trio.run(_main, Account(Console()), Wanted(frames, moves, rate, plot, lab, why_not)))
 
 
 def _find_lab() -> tuple[Lab | None, str]:
@@ -72,12 +122,12 @@ def _find_lab() -> tuple[Lab | None, str]:
     return lab, ""
 
 
-async def _main(account: Account, frames: int, lab: Lab | None, why_not: str) -> int:
+async def _main(account: Account, wanted: Wanted) -> int:
     status = 1
     async with _until_signal(account) as scope:
         with scope:
             try:
-                await _demo(account, frames, lab, why_not)
+                await _demo(account, wanted)
                 status = 0
             except* KNOWN as group:
                 for error in _leaves(group):
@@ -110,71 +160,63 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     return found
 
 
-async def _demo(account: Account, frames: int, lab: Lab | None, why_not: str) -> None:
+async def _demo(account: Account, wanted: Wanted) -> None:
     # In /tmp whatever TMPDIR says: a UNIX socket's path has at most 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="vfio-user-", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="vfio-user-", dir="/tmp") as name:
+        folder = Path(name)
         account.title("The server: an Intel 82540EM (e1000), in a process of its own")
-        async with serving("e1000", Path(folder) / "nic.sock", ["--net", "echo"]) as server:
+        async with serving("e1000", folder / "nic.sock", ["--net", "echo"]) as server:
             account.step(f"vfio-user serve e1000 --net echo: process {server.pid}, listening")
             try:
-                results = [await _run(account, server, frames, shared) for shared in (True, False)]
-                await _guest(account, server, lab, why_not)
+                trials = [await _try(account, server, wanted.frames, shared) for shared in (True, False)]
+                account.print(trial_table(trials))
+                report = await _tour(account, wanted, folder)
+                await _guest(account, server, wanted.lab, wanted.why_not)
             except* PeerGone as group:
                 raise await server.explain("the server has ended the connection") from group
             account.title("The end")
             await server.stop()
             account.step("the server ended with status 0 and removed its socket")
-    account.print(result_table(results))
-    verified = sum(result.verified for result in results)
-    account.done(f"{verified:,} frames came back exactly as they were sent")
+    verified = sum(trial.verified for trial in trials)
+    if report is not None:
+        verified += report.traffic.frames + report.beacons
+    account.done(f"{verified:,} frames came exactly as they were sent")
 
 
-async def _run(account: Account, server: ServerProcess, frames: int, shared: bool) -> Result:
-    """Drive the device with mapped or with private memory, then ask the server what it counted."""
+async def _try(account: Account, server: ServerProcess, frames: int, shared: bool) -> Trial:
     how = "mapped memory: the device reaches it itself" if shared else "private memory: all DMA by message"
     account.title(f"A driver with {how}")
-    before = await server.ask_counters()
-    driven = await _drive(account, server.path, frames, shared)
-    result = replace(
-        driven, server={name: n - before[name] for name, n in (await server.ask_counters()).items()}
-    )
-    if problem := result.problem():
-        raise ServerError(problem)
-    account.step("the server's counters of frames and of DMA agree too")
-    return result
+    return await try_e1000(server, frames, shared, account)
 
 
-async def _drive(account: Account, path: Path, frames: int, shared: bool) -> Result:
-    begun = time.perf_counter()
-    async with open_vmm(path, OPTIONS[shared], step=account.step) as vmm:
-        async with open_e1000(vmm) as nic:
-            up = time.perf_counter() - begun
-            account.step(f"reset through the I/O BAR, EEPROM sum BABA, PHY found, link up ({up:.2f} s)")
-            traffic = Traffic(nic)
-            peer = await traffic.resolve()
-            account.step(f"ARP: {peer.ip} is at {peer.mac.hex(':')}, we are {nic.mac.hex(':')}")
-            registers = await traffic.register_reads(REGISTER_READS)
-            pings = await traffic.ping(PINGS)
-            account.step(f"ping: {pings.count} of {pings.count} answered, p50 {pings.median * 1e6:.0f} us")
-            with account.progress("UDP echo", frames) as progress:
-                bulk = await traffic.bulk(frames, progress=progress)
-            account.step(f"UDP echo: {bulk.frames:,} frames of 64 to 1514 bytes out and back, compared")
-            segments = await traffic.segments()
-            account.step(f"TCP segmentation: 60,000 bytes cut into {segments.frames} frames, sums right")
-            await traffic.check_statistics()
-            account.step("the device's statistics registers agree with the driver's count")
-        return Result(
-            shared,
-            registers,
-            pings,
-            bulk,
-            segments,
-            nic.counters,
-            vmm.intx.count,
-            vmm.ram.counters,
-            up,
-            time.perf_counter() - begun,
-        )
+async def _tour(account: Account, wanted: Wanted, folder: Path) -> TourReport | None:
+    account.title("Live migration: a card under load, moved between two processes")
+    if not wanted.moves:
+        account.step("left out: not asked for")
+        return None
+    async with open_tour(folder, TourOptions(rate=wanted.rate * 125e3)) as tour:
+        pids = " and ".join(f"{place.name}, process {place.server.pid}" for place in tour.places.values())
+        account.step(f"servers {pids}; a switch between them")
+        for way in islice(cycle(WAYS), wanted.moves):
+            await tour.dwell()
+            name = f"{tour.home.name} to {tour.home.other}, {' to '.join(way)}"
+            with account.moving(name) as tell:
+                account.step(_story(await tour.move(way, tell)))
+        await tour.dwell()
+        report = await tour.finish()
+        account.step("all frames have come home; driver, card, servers and switch agree")
+    for table in (rounds_table, downtime_table, verified_table):
+        account.print(table(report))
+    if wanted.plot is not None:
+        draw(report, wanted.plot)
+        account.step(f"drawn: {wanted.plot}")
+    return report
+
+
+def _story(move: Move) -> str:
+    name = f"{move.source} to {move.destination}, {' to '.join(move.protocols)}"
+    downtime = f"{move.report.downtime.total:.0f} ms of downtime"
+    return f"{name}: {downtime}, {move.frames:,} frames meanwhile"
 
 
 async def _guest(account: Account, server: ServerProcess, lab: Lab | None, why_not: str) -> None:

@@ -11,7 +11,7 @@ import click
 COMMANDS = {
     "list": "the device models, network backends and engines that there are",
     "serve": "serve a device model on a socket",
-    "demo": "see it work: an e1000 driven over a socket, and a guest where QEMU is found",
+    "demo": "see it work: an e1000 driven and moved under load, and a guest where QEMU is found",
     "lab": "build QEMU, a guest and libvfio-user into the cache folder",
 }
 """Subcommand -> what `--help` says; `cli/NAME.py` (list: `list_.py`) has `command`."""

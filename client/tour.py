@@ -53,7 +53,7 @@ class TourOptions:
     ring: int = 1024
     beacons: float = 2000.0
     rate: float = 125e6
-    limits: Limits = field(default_factory=lambda: Limits(downtime=0.05, rounds=8))
+    limits: Limits = field(default_factory=lambda: Limits(downtime=0.08, rounds=4))
     vmm: VmmOptions = field(default_factory=lambda: VmmOptions(resample=True))
     seed: int = 1
 
@@ -224,6 +224,7 @@ class Tour:
         return TourReport(
             moves=tuple(self.moves),
             traffic=traffic,
+            beacons=self.traffic.beacons,
             driver=self.nic.counters,
             counted=self._counted,
             switched=self._switched,

@@ -40,11 +40,13 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class TourReport:
-    """`counted` is the sum of what each server has counted while the guest was with it, `switched` are the
-    frames that came to the switch, `rates` those that were verified in each `BUCKET` since the begin."""
+    """`counted` is the sum of what each server has counted while the guest was with it. `switched` are the
+    frames that came to the switch, `beacons` those that it sent unasked, and `rates` those that came back
+    and were verified in each `BUCKET` since the begin."""
 
     moves: tuple[Move, ...]
     traffic: BulkReport
+    beacons: int
     driver: DriverCounters
     counted: Mapping[str, int]
     switched: int

@@ -2,6 +2,7 @@
 """`vfio-user demo` as a user runs it: it succeeds, and whatever goes wrong it says so and leaves nothing."""
 
 import os
+import re
 import select
 import shutil
 import signal
@@ -14,9 +15,9 @@ import pytest
 from click.testing import CliRunner
 
 from vfio_user.cli import demo
-from vfio_user.cli.demo_account import Result
 from vfio_user.client.drivers.e1000 import DriverCounters
 from vfio_user.client.drivers.e1000_traffic import BulkReport, Measure
+from vfio_user.client.drivers.e1000_trial import Trial
 from vfio_user.client.memory import DmaCounters
 from vfio_user.client.qemu.lab import QemuSearch
 
@@ -57,11 +58,15 @@ def socket_path(pid: int) -> Path:
 
 
 def test_it_runs_and_says_what_ran() -> None:
-    words = [sys.executable, "-c", MAIN, "demo", "--no-qemu", "--frames", "200"]
+    words = [sys.executable, "-c", MAIN, "demo", "--no-qemu", "--frames", "200", "--moves", "1"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    assert "All well: 886 frames came back exactly as they were sent" in done.stdout
+    assert " 886 frames" not in done.stdout  # those of the move are counted too
+    assert re.search(r"All well: [\d,]+ frames came exactly as they were sent", done.stdout)
+    assert re.search(r"A to B, v2 to v2: \d+ ms of downtime, [\d,]+ frames meanwhile", done.stdout)
+    assert re.search(r"^│ A to B │ v2 to v2 │ 1 +│ 16,352 │ 63.9 │", done.stdout, re.MULTILINE)
+    assert re.search(r"^│ pages of memory .* │ 16,352 │", done.stdout, re.MULTILINE)
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
     assert "\x1b" not in done.stdout
 
@@ -104,7 +109,7 @@ def test_without_a_qemu_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert "no QEMU here" in done.output
 
 
-def result(**changes: int) -> Result:
+def trial(**changes: int) -> Trial:
     server = {
         "net_sent_frames": 8,
         "net_received_frames": 8,
@@ -118,18 +123,18 @@ def result(**changes: int) -> Result:
     measure, bulk, segments = Measure(1, 1.0, 1.0), BulkReport(5, 1, 1.0), BulkReport(2, 1, 1.0)
     driver = DriverCounters(frames_sent=10, frames_received=10)
     counted = server | changes
-    return Result(True, measure, measure, bulk, segments, driver, 3, DmaCounters(), 1.0, 1.0, counted)
+    return Trial(True, measure, measure, bulk, segments, driver, 3, DmaCounters(), 1.0, 1.0, counted)
 
 
 def test_counters_that_agree() -> None:
-    assert result().problem() == ""
-    assert result().verified == 9
+    assert trial().problem() == ""
+    assert trial().verified == 9
 
 
 @pytest.mark.parametrize("name", ["net_sent_frames", "irqs_intx", "dma_message_reads", "net_bad_checksums"])
 def test_counters_that_differ_are_named(name: str) -> None:
-    assert name in result(**{name: 99}).problem()
+    assert name in trial(**{name: 99}).problem()
 
 
 def test_a_mapping_that_nobody_used_is_noticed() -> None:
-    assert "wrong way" in result(dma_mapped_writes=0).problem()
+    assert "wrong way" in trial(dma_mapped_writes=0).problem()
