@@ -94,6 +94,19 @@ def test_a_model_that_fails_does_not_end_the_loop(setup: Setup, caplog: pytest.L
     assert "the doorbell at 0x10 failed" in caplog.text
 
 
+def test_ringing_all_takes_what_the_poller_has_not_seen_yet(setup: Setup) -> None:
+    fds = setup.ioeventfds.offer(0, 16).fds
+    for fd in (fds[0], fds[1], fds[1]):
+        os.eventfd_write(fd, 1)
+    setup.ioeventfds.ring_all()
+    assert setup.region.writes == [(0, bytes(4)), (8, b"\x34\x12")]
+    setup.ioeventfds.ring_all()
+    assert not setup.poller.poll()
+    assert len(setup.region.writes) == 2
+    setup.ioeventfds.release()
+    setup.ioeventfds.ring_all()
+
+
 def test_no_more_than_a_message_carries(setup: Setup) -> None:
     offered = setup.ioeventfds.offer(0, 2)
     assert (len(offered.sub_regions), len(offered.fds)) == (2, 2)
