@@ -26,7 +26,7 @@ class ServerError(Exception):
 
 @dataclass(slots=True)
 class ServerProcess:
-    """A running server. `lines` is what it has written so far, standard error among it."""
+    """A running server. `lines` is what it has written so far besides counters, standard error among it."""
 
     popen: subprocess.Popen[bytes]
     path: Path
@@ -105,15 +105,17 @@ class ServerProcess:
             self._changed.notify_all()
 
     def _take(self, line: str) -> None:
-        self.lines.append(line)
+        """Counters come in a block; what is logged meanwhile may stand in it."""
+        name, _, value = line.partition(" ")
         if line.startswith(_COUNTERS):
             self._occasion, self._figures = line.removeprefix(_COUNTERS), {}
-        elif not line and self._occasion:
+        elif self._occasion and value.isdecimal():
+            self._figures[name] = int(value)
+        elif self._occasion and not line:
             self._snapshots[self._occasion] = self._figures
             self._occasion = ""
-        elif self._occasion:
-            name, _, value = line.partition(" ")
-            self._figures[name] = int(value)
+        else:
+            self.lines.append(line)
 
     def _error(self, what: str) -> ServerError:
         return ServerError(f"{what}\n" + "\n".join(self.lines)[-_TAIL:])

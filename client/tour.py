@@ -29,10 +29,11 @@ from vfio_user.client.guest import Guest, open_guest
 from vfio_user.client.migration.migrate import Migration, Options
 from vfio_user.client.migration.report import Limits, Progress, Step
 from vfio_user.client.migration.slow_link import slow_link
-from vfio_user.client.server_process import ServerProcess, serving
+from vfio_user.client.server_process import ServerError, ServerProcess, serving
 from vfio_user.client.switch import Port, Switch, open_switch
 from vfio_user.client.tour_report import Meter, Move, TourReport
 from vfio_user.device_models.echo import Responder
+from vfio_user.transport.channel import PeerGone
 
 WAYS = (("v2", "v2"), ("v1", "v1"), ("v2", "v1"), ("v1", "v2"))
 """Protocol at the source and at the destination."""
@@ -74,6 +75,11 @@ class Place:
     @property
     def other(self) -> str:
         return "B" if self.name == "A" else "A"
+
+    def check(self) -> None:
+        """ServerError when the server has ended."""
+        if self.server.popen.poll() is not None:
+            raise ServerError(f"server {self.name} has ended, with status {self.server.popen.returncode}")
 
 
 class Tour:
@@ -120,10 +126,11 @@ class Tour:
         self._traffic = await flow(lambda _: not self._leaving, progress=self.meter.take)
 
     async def dwell(self) -> None:
-        """Stay for a while. TourError when no frames come."""
+        """Stay for a while. TourError when no frames come, ServerError when the server has ended."""
         before = self.meter.frames
         await trio.sleep(self._options.dwell)
         if self.meter.frames == before:
+            self.home.check()
             raise TourError(f"no frame has come for {self._options.dwell:g} s")
 
     # A move
@@ -246,9 +253,14 @@ async def open_tour(folder: Path, options: TourOptions | None = None) -> AsyncIt
             words = ["--net", f"stream:{wire}"]
             server = await stack.enter_async_context(serving("e1000", folder / f"{name}.sock", words))
             places[name] = Place(name, server, wire, port)
-        async with background() as nursery:
-            tour = Tour(places, switch, options)
-            here = await attach(nursery, tour.home.server.path, options.vmm)
-            async with open_guest([here.vmm]) as guest:
-                await tour.start(nursery, guest, here)
-                yield tour
+        tour = Tour(places, switch, options)
+        try:
+            async with background() as nursery:
+                here = await attach(nursery, tour.home.server.path, options.vmm)
+                async with open_guest([here.vmm]) as guest:
+                    await tour.start(nursery, guest, here)
+                    yield tour
+        except* PeerGone as group:
+            for place in places.values():
+                place.check()
+            raise TourError("a server has ended the connection") from group

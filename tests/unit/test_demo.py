@@ -91,6 +91,17 @@ def test_a_server_that_dies_is_a_failure(running: subprocess.Popen[str]) -> None
     assert running.wait(10) == 1
 
 
+def test_a_server_that_dies_with_the_guest_in_it_is_a_failure() -> None:
+    words = [sys.executable, "-c", MAIN, "demo", "--no-qemu", "--frames", "20", "--moves", "1000"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+        servers = [int(pid) for pid in re.findall(r"process (\d+)", wait_for(child, "servers A"))]
+        wait_for(child, "A to B")
+        os.kill(servers[1], signal.SIGKILL)
+        assert "failed" in wait_for(child, "failed")
+        assert child.wait(10) == 1
+    assert all(has_ended(pid) for pid in servers)
+
+
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="without setpriv the server has no death signal")
 def test_a_demo_that_is_killed_takes_its_server_along(running: subprocess.Popen[str]) -> None:
     pid = server_pid(running)
