@@ -25,8 +25,9 @@ from vfio_user.device_models.e1000.device import REGISTERS
 from vfio_user.device_models.e1000.options import OPTIONS
 from vfio_user.device_models.registers import Register
 from vfio_user.protocol.commands import COMMANDS, Limits, Row
-from vfio_user.protocol.constants import SCM_MAX_FD, Role
+from vfio_user.protocol.constants import SCM_MAX_FD, MigrationState, Role
 from vfio_user.protocol.errors import DeviceError
+from vfio_user.protocol.migration import PATHS, STATES, V1_ARCS, V1_STATES, StateRow
 from vfio_user.server.handlers import HANDLERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,11 +106,56 @@ def _bits(value: int) -> str:
     return f"`{value:08x}`" if value else "-"
 
 
+def migration_states_table() -> str:
+    """What each state of `protocol.migration` is, by its number in v2 and its bits in v1."""
+    heads = ("v2", "v1", "state", "works", "is read", "what the device does")
+    rows = sorted(STATES.items())
+    return table(heads, ((str(int(s)), f"`{row.v1:03b}`", s.name, *_yes(row), row.text) for s, row in rows))
+
+
+def _yes(row: StateRow) -> tuple[str, str]:
+    return ("yes" if row.runs else "-", "yes" if row.saves else "-")
+
+
+def migration_diagram() -> str:
+    """The arcs of v2, and the ways into ERROR and out of it."""
+    arcs = [(state.name, to.name) for state, row in STATES.items() for to in row.arcs]
+    return diagram("RUNNING", [*arcs, ("RESUMING", "ERROR: refused"), ("ERROR", "RUNNING: reset")])
+
+
+def migration_v1_diagram() -> str:
+    """The changes of device_state that v1 allows."""
+    names = {value: V1_STATES[value].name for value in V1_ARCS}
+    arcs = [(names[value], names[to]) for value, following in V1_ARCS.items() for to in following]
+    named = [f'state "{value:03b} {name}" as {name}' for value, name in names.items()]
+    return diagram("RUNNING", [*arcs, ("RESUMING", "ERROR: refused"), ("ERROR", "RUNNING: reset")], named)
+
+
+def diagram(first: str, arcs: Iterable[tuple[str, str]], names: Iterable[str] = ()) -> str:
+    """A diagram of states, as forges draw it."""
+    lines = [*names, f"[*] --> {first}", *(f"{state} --> {to}" for state, to in arcs)]
+    return "\n".join(["```mermaid", "stateDiagram-v2", *(f"    {line}" for line in lines), "```\n"])
+
+
+def migration_paths_table() -> str:
+    """The requests that take more than one arc, and those that no path leads to."""
+    rows = [
+        (f"{now.name} → {wanted.name}", " → ".join(state.name for state in steps) if steps else "refused")
+        for (now, wanted), steps in PATHS.items()
+        if MigrationState.ERROR not in (now, wanted) and (steps is None or len(steps) > 1)
+    ]
+    return table(("request", "the device passes"), rows)
+
+
 PARTS: Mapping[str, tuple[str, Callable[[], str]]] = {
     "commands": ("docs/compliance.md", commands_table),
     "models": ("README.md", models_table),
     "e1000 options": ("docs/e1000.md", e1000_options_table),
     "e1000 registers": ("docs/e1000.md", e1000_registers_table),
+    "migration states": ("docs/migration.md", migration_states_table),
+    "migration diagram": ("docs/migration.md", migration_diagram),
+    "migration v1 diagram": ("docs/migration.md", migration_v1_diagram),
+    "migration paths": ("docs/migration.md", migration_paths_table),
 }
 """By name: the file, and what makes the part."""
 
