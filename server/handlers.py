@@ -74,7 +74,8 @@ def device_get_region_info(
         capabilities += _sparse_areas(region)
         lent = (session.host.memory_fd(region.memory),)
     reply = m.DeviceGetRegionInfoReply(flags, request.index, region.size, capabilities=capabilities)
-    return Answer(m.fit(reply, request.argsz), lent)
+    # Who asks only for the size has no room for descriptors: libvfio-user's client takes them for an error.
+    return Answer(m.fit(reply, request.argsz), lent if reply.argsz <= request.argsz else ())
 
 
 def _sparse_areas(region: Region) -> tuple[m.RegionCapability, ...]:

@@ -13,7 +13,7 @@ from vfio_user.device_models.tasks import Completion
 from vfio_user.protocol import capabilities
 from vfio_user.protocol import messages as m
 from vfio_user.protocol.connection import Connection
-from vfio_user.protocol.constants import PCI_NUM_REGIONS, Role
+from vfio_user.protocol.constants import MESSAGE_OVERHEAD, PCI_NUM_REGIONS, Role
 from vfio_user.protocol.errors import DeviceError, RemoteProtocolError, VfioUserError
 from vfio_user.protocol.events import BadReply, ErrorReply, Event, Outgoing, Rejected, Reply, Request
 from vfio_user.server.fastpath import HotTables, serve_run
@@ -68,9 +68,10 @@ class Session:
         """VERSION: what both sides may do from now on."""
         own = self._own if self.host.migration.available else _without_migration(self._own)
         agreed, reply = capabilities.accept(own, request)
-        self.connection.max_message_size = agreed.max_message_size
+        # The limit of a request is that of the side which gets it (v1 specification: "Read and Write
+        # Operations"): `agreed` is what we may ask of the client, who may have less room than we.
+        self.connection.max_message_size = self.max_data_xfer_size + MESSAGE_OVERHEAD
         self.connection.max_receive_fds = agreed.max_receive_fds
-        self.max_data_xfer_size = agreed.max_data_xfer_size
         self.max_send_fds = agreed.max_send_fds
         self.host.dirty.negotiated(agreed.migration)
         self.host.attach(self, max_dma_maps=agreed.max_dma_maps, max_transfer=agreed.max_data_xfer_size)

@@ -346,11 +346,11 @@ async def test_more_than_max_data_xfer_size_is_refused_and_nothing_is_lost(scrat
     async with connect(scratch.path, negotiated=False) as raw:
         await raw.negotiate({"max_data_xfer_size": 5000})
         await set_state(raw, S.STOP_COPY)
-        for size in (5001, MiB, 0xFFFFFFF0, 0xFFFFFFFF):
+        for size in (MiB + 1, 0xFFFFFFF0, 0xFFFFFFFF):
             assert (await data_read(raw, size, 0xFFFFFFFF)).errno == errno.EINVAL
         data = await read_stream(raw, 5000)
         await set_state(raw, S.RESUMING)
-        assert (await data_write(raw, bytes(5001))).errno == errno.EINVAL
+        assert (await data_write(raw, bytes(MiB + 1))).errno == errno.EINVAL
         assert await get_state(raw) is S.RESUMING
         await write_stream(raw, data, 5000)
         assert (await set_state(raw, S.RUNNING)).ok
