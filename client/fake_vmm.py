@@ -17,6 +17,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from vfio_user.client.client import Client, open_client, open_client_on
 from vfio_user.client.config_space import Bar, Capability, CommandBits, ConfigSpace
@@ -37,7 +38,7 @@ QEMU_VERSION = capabilities.Version(
 PC_MEMORY = ((0, 0xA0000), (0xC0000, 0x40000), (0x100000, 31 << 20), (4 << 30, 32 << 20))
 """Address and size in bytes: RAM as a PC has it, below and above the holes."""
 
-_MEMORY_WINDOW, _IO_WINDOW = 0xE000_0000, 0xC000
+_IO_WINDOW = 0xC000
 _QEMU_REGIONS = (*range(PciRegion.BAR0, PciRegion.BAR5 + 1), PciRegion.CONFIG)
 _MSI_ENABLE, _MSIX_ENABLE, _MSIX_MASK_ALL = 1 << 0, 1 << 15, 1 << 14
 _WIDTHS = {1: struct.Struct("<B"), 2: struct.Struct("<H"), 4: struct.Struct("<I"), 8: struct.Struct("<Q")}
@@ -46,19 +47,28 @@ _WIDTHS = {1: struct.Struct("<B"), 2: struct.Struct("<H"), 4: struct.Struct("<I"
 @dataclass(frozen=True, slots=True)
 class VmmOptions:
     """`shared`: guest memory on memfds that the server may map, with `seals`; else DMA goes by message.
-    `resample`: INTx is unmasked by eventfd (as under KVM) instead of by message (TCG). `timeout` and `spin`
-    are in seconds, as in `open_client`."""
+    `resample`: INTx is unmasked by eventfd (as under KVM) instead of by message (TCG). `bar_window`: memory
+    BARs are placed from there on; devices of one VM need windows of their own. `timeout` and `spin` are in
+    seconds, as in `open_client`."""
 
     memory: Sequence[tuple[int, int]] = PC_MEMORY
     shared: bool = True
     seals: int = FIXED_SIZE
     version: capabilities.Version = QEMU_VERSION
     resample: bool = False
+    bar_window: int = 0xE000_0000
     timeout: float = 5.0
     spin: float = 0.0
 
 
 DEFAULT_OPTIONS = VmmOptions()
+
+
+class Peers(Protocol):
+    """Where DMA goes that is not for memory; `peers.PeerBus` is one."""
+
+    def write(self, address: int, data: m.Payload) -> bool:
+        """Write to a device, if there is one at the address."""
 
 
 class FakeVmm:
@@ -74,6 +84,8 @@ class FakeVmm:
         """The configuration space as it was read whole at start-up."""
         self.rom_size = 0
         self.bars: dict[int, Bar] = {}
+        self.peers: Peers | None = None
+        """The other devices of the VM, if this one can reach them."""
 
     def bind(self, client: Client) -> None:
         """Use this connection."""
@@ -138,7 +150,7 @@ class FakeVmm:
             if bar.size != self.regions[bar.index].size:
                 size = self.regions[bar.index].size
                 raise RemoteProtocolError(f"BAR {bar.index} has {bar.size} bytes, its region has {size}")
-        for bar in _placed(found):
+        for bar in _placed(found, self.options.bar_window):
             await self.config.assign(bar)
             self.bars[bar.index] = bar
         await self.config.set_command(CommandBits.IO | CommandBits.MEMORY | CommandBits.BUS_MASTER)
@@ -215,8 +227,10 @@ class FakeVmm:
         return self.ram.dma_read(address, count)
 
     def dma_write(self, address: int, data: m.Payload) -> None:
+        """To memory, or to the BAR of another device of the VM."""
         self._check_bus_master()
-        self.ram.dma_write(address, data)
+        if self.peers is None or not self.peers.write(address, data):
+            self.ram.dma_write(address, data)
 
     def _check_bus_master(self) -> None:
         if not self.config.bus_master:
@@ -228,10 +242,10 @@ class FakeVmm:
             irqs.close()
 
 
-def _placed(bars: Sequence[Bar]) -> list[Bar]:
+def _placed(bars: Sequence[Bar], memory_window: int) -> list[Bar]:
     """The BARs with addresses, each a multiple of its size."""
     placed: list[Bar] = []
-    following = {True: _IO_WINDOW, False: _MEMORY_WINDOW}
+    following = {True: _IO_WINDOW, False: memory_window}
     for bar in sorted(bars, key=lambda bar: -bar.size):
         address = -(-following[bar.io] // bar.size) * bar.size
         following[bar.io] = address + bar.size

@@ -103,11 +103,15 @@ class Yard:
             self._nursery.start_soon(server.hold, Listener.bind(path))
         return server
 
-    async def start(self, server: Server, ram: GuestRam | None = None) -> Attachment:
-        return await attach(self._nursery, server.path, self.options, ram=ram)
+    async def start(
+        self, server: Server, ram: GuestRam | None = None, options: VmmOptions | None = None
+    ) -> Attachment:
+        return await attach(self._nursery, server.path, options or self.options, ram=ram)
 
-    async def incoming(self, server: Server, ram: GuestRam | None = None) -> Attachment:
-        return await attach(self._nursery, server.path, self.options, ram=ram, incoming=True)
+    async def incoming(
+        self, server: Server, ram: GuestRam | None = None, options: VmmOptions | None = None
+    ) -> Attachment:
+        return await attach(self._nursery, server.path, options or self.options, ram=ram, incoming=True)
 
 
 @contextlib.asynccontextmanager
