@@ -198,6 +198,15 @@ def test_report_and_clear_forgets_what_it_reported_and_nothing_else(data: st.Dat
     assert bits_of(log.bits) == still_dirty(log, dirty, offset, length)
 
 
+def test_the_last_page_of_a_region_may_be_short() -> None:
+    log = DirtyLog(7 * PAGE, 4 * PAGE)
+    log.mark_all()
+    assert bits_of(log.report_and_clear(4 * PAGE, 2 * PAGE)) == {0}
+    assert bits_of(log.bits) == {0, 1}, "a part of it"
+    assert bits_of(log.report_and_clear(4 * PAGE, 3 * PAGE)) == {0}
+    assert bits_of(log.bits) == {0}, "all of it"
+
+
 @given(st.sets(st.integers(0, 199)), st.integers(0, 199), st.integers(0, 200))
 def test_extract(pages: set[int], start: int, count: int) -> None:
     count = min(count, 200 - start)
