@@ -256,7 +256,7 @@ async def open_e1000(
     """A started NIC whose interrupts are served; stopped at the end. DriverError when it does not start."""
     nic = E1000(device, ring, link_patience)
     async with background() as nursery:
-        nursery.start_soon(nic.serve_interrupts)
         await nic.start()
+        nursery.start_soon(nic.serve_interrupts)  # not before: one may wait there that another driver left
         yield nic
         await nic.stop()

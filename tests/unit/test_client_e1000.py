@@ -9,6 +9,7 @@ import pytest
 
 from vfio_user.client.background import background
 from vfio_user.client.drivers.e1000 import E1000, DriverError, open_e1000
+from vfio_user.client.drivers.e1000_hardware import Cause, Reg
 from vfio_user.client.drivers.e1000_traffic import Traffic, TrafficError
 from vfio_user.client.fake_vmm import FakeVmm, VmmOptions, open_vmm
 from vfio_user.device_models.catalog import load_model, make_device, parse_options
@@ -49,6 +50,18 @@ async def nic_on(net: str, *, shared: bool = True, ring: int = 256) -> AsyncIter
                 yield nic
         finally:
             backend.close()
+
+
+async def test_an_interrupt_that_waits_from_before_disturbs_no_start() -> None:
+    with NativeServer(Settings(spin_us=0)) as server:
+        backend = open_backend("echo", server.poller, server.call_later)
+        server.install(e1000(backend))
+        async with vmm_on(server) as vmm:
+            for register in (Reg.IMS, Reg.ICS):
+                await vmm.write(0, register, Cause.LSC)
+            async with open_e1000(vmm) as nic:
+                assert (await Traffic(nic).resolve()).ip
+        backend.close()
 
 
 @pytest.mark.parametrize("shared", [True, False])
