@@ -33,12 +33,18 @@ class Counts:
     """Of BLOB (a megabyte) in a transfer."""
     short_rounds: int
     """The same where a transfer is one of several variants."""
+    pair_rounds: int
+    """The same where two devices have traffic at once."""
     link_cycles: int
     module_cycles: int
+    guests: int
+    """That boot one after the other where each ends in the middle of traffic."""
 
 
-REDUCED = Counts(pings=60, rounds=8, short_rounds=3, link_cycles=3, module_cycles=2)
-FULL = Counts(pings=200, rounds=200, short_rounds=50, link_cycles=10, module_cycles=10)
+REDUCED = Counts(pings=60, rounds=8, short_rounds=3, pair_rounds=3, link_cycles=3, module_cycles=2, guests=2)
+FULL = Counts(
+    pings=200, rounds=200, short_rounds=50, pair_rounds=200, link_cycles=10, module_cycles=10, guests=4
+)
 
 
 def counts() -> Counts:
