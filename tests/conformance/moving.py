@@ -23,6 +23,7 @@ REGION, REGION_SIZE = 9, (1 << 20) + 4096
 """The migration region of a device that has no regions of its own past the standard ones."""
 DEVICE_STATE, RESERVED, PENDING, OFFSET, SIZE = (0, 4), (4, 4), (8, 8), (16, 8), (24, 8)
 """Fields of struct vfio_device_migration_info: offset and width."""
+FIELDS = (DEVICE_STATE, RESERVED, PENDING, OFFSET, SIZE)
 DATA, DATA_SIZE = 4096, 1 << 20
 V1_STOP, V1_RUNNING, V1_SAVING, V1_PRE_COPY, V1_RESUMING, V1_ERROR = 0b000, 0b001, 0b010, 0b011, 0b100, 0b110
 

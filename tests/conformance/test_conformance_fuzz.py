@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conformance import wire
+from conformance import moving, wire
 from conformance.holdings import holdings
 from conformance.models import Bells, Mappable, Nonsense, OneWay, Vectors
 from vfio_user.device_models.backends import NoneBackend
@@ -64,7 +64,7 @@ def irq_flags() -> st.SearchStrategy[int]:
     return st.one_of(st.builds(lambda k, a: k | a, kind, action), U32)
 
 
-REGION = st.one_of(st.sampled_from([0, 1, 2, 7]), U32)
+REGION = st.one_of(st.sampled_from([0, 1, 2, 7, moving.REGION]), U32)
 WRITE = st.builds(wire.region_write, REGION, U64, BYTES)
 BODIES: dict[int, st.SearchStrategy[bytes]] = {
     wire.VERSION: st.just(wire.version({})),
@@ -90,6 +90,8 @@ BODIES: dict[int, st.SearchStrategy[bytes]] = {
     wire.MIG_DATA_READ: packed("=II", U32, U32),
     wire.MIG_DATA_WRITE: packed("=II", U32, U32),
 }
+PREFIX = struct.pack("<8sHHHB", b"vfiouser", 1, 0, 1, 7) + b"scratch"
+FLAG_SETS = [moving.GET, moving.SET, moving.PROBE, moving.PROBE | moving.GET, moving.GET | moving.SET]
 USEFUL = {
     # bus master on; the scratch device's doorbell; the faulty device's tasks
     wire.REGION_WRITE: st.one_of(
@@ -98,6 +100,25 @@ USEFUL = {
         st.just(wire.region_write(0, 0xFF8, bytes(4))),
         st.integers(0, 8).map(lambda task: wire.region_write(0, 0x0C, struct.pack("<I", task))),
         st.integers(0, 4).map(lambda task: wire.region_write(1, 0, struct.pack("<I", task))),
+        # v1: a state; a piece of a stream, and its size
+        st.integers(0, 7).map(lambda state: wire.region_write(moving.REGION, 0, struct.pack("<I", state))),
+        st.sampled_from([PREFIX, b"nonsense"]).map(lambda d: wire.region_write(moving.REGION, PAGE, d)),
+        st.integers(0, 40).map(lambda size: wire.region_write(moving.REGION, 24, struct.pack("<Q", size))),
+    ),
+    wire.REGION_READ: st.sampled_from([*moving.FIELDS, (PAGE, 16)]).map(
+        lambda field: wire.region_read(moving.REGION, *field)
+    ),
+    wire.DEVICE_FEATURE: st.one_of(
+        packed("=IIII", st.just(16), st.just(moving.SET | moving.MIG_STATE), st.integers(0, 7), U32),
+        packed(
+            "=IIII", U32, st.sampled_from([flags | n for flags in FLAG_SETS for n in range(10)]), U32, U32
+        ),
+    ),
+    wire.MIG_DATA_READ: st.sampled_from([0, 1, 100, 4096, 1 << 20]).map(
+        lambda size: struct.pack("=II", size + 8, size)
+    ),
+    wire.MIG_DATA_WRITE: st.sampled_from([b"", PREFIX, PREFIX[:10], PREFIX[10:], b"nonsense"]).map(
+        lambda data: struct.pack("=II", 8, len(data)) + data
     ),
     wire.DMA_MAP: st.integers(0, 3).map(lambda i: wire.dma_map(4 * i * PAGE, 4 * PAGE)),
 }

@@ -17,6 +17,7 @@ from conformance.moving import (
     DATA,
     DATA_SIZE,
     DEVICE_STATE,
+    FIELDS,
     NATIVE,
     OFFSET,
     PENDING,
@@ -129,8 +130,6 @@ async def test_the_region_has_no_ioeventfds(raw: RawClient) -> None:
 
 
 # "Field accesses ... are only supported at their native width and alignment"
-
-FIELDS = (DEVICE_STATE, RESERVED, PENDING, OFFSET, SIZE)
 
 
 async def test_fields_are_accessed_at_their_width_only(raw: RawClient) -> None:
