@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,7 +129,7 @@ async def _read(fd: int) -> bytes:
             await trio.lowlevel.wait_readable(fd)
 
 
-def _start(words: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(words: Sequence[str], environment: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
     # The kernel ends it should we be killed; the interrupt key is for us alone, who then end it.
     guard = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
     return subprocess.Popen(
@@ -138,20 +138,27 @@ def _start(words: Sequence[str]) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        env=environment,
     )
 
 
 @contextlib.asynccontextmanager
 async def serving(
-    model: str, path: Path, words: Sequence[str] = (), *, timeout: float = 15.0
+    model: str,
+    path: Path,
+    words: Sequence[str] = (),
+    *,
+    timeout: float = 15.0,
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[ServerProcess]:
     """`vfio-user serve MODEL --socket-path PATH --stats WORDS`, listening; killed at the end if it still
-    runs. Then the socket file stays: give a path in a folder of your own.
+    runs. Then the socket file stays: give a path in a folder of your own. `environment` is this process's
+    unless it is given.
 
     ServerError when it does not listen within `timeout` seconds.
     """
     command = [sys.executable, "-c", _PROGRAM, "serve", model, "--socket-path", str(path), "--stats", *words]
-    popen = _start(command)
+    popen = _start(command, environment)
     assert popen.stdout is not None
     os.set_blocking(popen.stdout.fileno(), False)
     server = ServerProcess(popen, path)

@@ -45,7 +45,7 @@ FORBIDDEN: dict[str, set[str]] = {
         "subprocess",
     },
 }
-FREE = {"cli", "benchmarks"}
+FREE = {"cli", "benchmarks", "testing"}
 
 
 def modules(folder: str) -> list[Path]:

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The pytest plugin: the fixture `vfio_migration`, and its options.
+
+pytest loads this module in every project of an environment that has the package: so it imports nothing but
+pytest, and all else when a test asks for the fixture. docs/migration.md says how to use it.
+"""
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from vfio_user.testing.migration import MigrationTester
+
+MOVES = 8
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """See `pytest --help`, "vfio-user"."""
+    group = parser.getgroup("vfio-user", "vfio-user: devices that are moved (the fixture vfio_migration)")
+    group.addoption(
+        "--vfio-user-seed",
+        type=int,
+        metavar="N",
+        help="Repeat the random choices of a test that failed; it has said which.",
+    )
+    group.addoption(
+        "--vfio-user-moves",
+        type=_count,
+        default=MOVES,
+        metavar="N",
+        help=f"Moves of a test that does not say how many ({MOVES}).",
+    )
+    group.addoption(
+        "--vfio-user-apart",
+        action="store_true",
+        help="Each server in a process of its own, as in earnest: slower, but nothing can be shared.",
+    )
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError(text)
+    return count
+
+
+@pytest.fixture
+def vfio_migration(request: pytest.FixtureRequest) -> "MigrationTester":
+    """Moves a device model from server to server, with a guest that uses it: see `MigrationTester`."""
+    from vfio_user.testing.migration import MigrationTester
+
+    option = request.config.getoption
+    return MigrationTester(
+        name=request.node.nodeid,
+        seed=option("--vfio-user-seed"),
+        moves=option("--vfio-user-moves"),
+        apart=option("--vfio-user-apart"),
+    )

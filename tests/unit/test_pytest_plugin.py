@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The pytest plugin in somebody else's project: a folder of its own, and pytest in another process."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+MODEL = """
+from vfio_user.device_models.pci import Bar, Identity
+from vfio_user.device_models.pci_device import PciDevice
+from vfio_user.device_models.registers import Register, RegisterFile
+
+class Counter(PciDevice):
+    "Adds up what is written to it."
+    model = "counter"
+    summary = "a sum"
+    state_version = 1
+    identity = Identity(vendor_id=0x1234, device_id=0x0009, class_code=0xFF0000)
+
+    def __init__(self, host):
+        rows = (Register("SUM", 0, writable=0xFFFFFFFF),)
+        self.registers = RegisterFile(0x1000, rows, on_write={"SUM": self._add})
+        super().__init__(host, {0: Bar(self.registers)})
+
+    def _add(self, _index, value):
+        self.registers.cell("SUM").value += value & 0xFF
+
+class Forgetful(Counter):
+    "Has a sum that it does not save."
+
+    def _add(self, _index, value):
+        self.sum = getattr(self, "sum", 0) + (value & 0xFF)
+        self.registers.cell("SUM").on_read = lambda _: self.sum
+"""
+USE = """
+class Sum:
+    def __init__(self):
+        self.expected = 0
+
+    async def use(self, device, chance):
+        value = chance.randrange(256)
+        await device.write(0, 0, value)
+        self.expected += value
+        assert await device.read(0, 0) == self.expected
+"""
+TESTS = """
+from counter import Counter
+from use import Sum
+
+def test_plain(vfio_migration):
+    vfio_migration.check(Counter, Sum().use)
+
+def test_by_name(vfio_migration):
+    vfio_migration.check("counter:Counter", Sum().use, moves=2)
+
+async def test_trio(vfio_migration):
+    async with vfio_migration.open(Counter) as bed:
+        await bed.device.write(0, 0, 40)
+        await bed.move(source="v1", destination="v2")
+        await bed.device.write(0, 0, 2)
+        assert await bed.device.read(0, 0) == 42
+"""
+FAILING = """
+from counter import Forgetful
+from use import Sum
+
+def test_it(vfio_migration):
+    vfio_migration.check(Forgetful, Sum().use)
+"""
+LAZY = """
+import sys
+
+def test_nothing_was_imported():
+    ours = {name for name in sys.modules if name.startswith("vfio_user")}
+    assert ours == {"vfio_user", "vfio_user.testing", "vfio_user.testing.pytest_plugin"}
+"""
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester) -> pytest.Pytester:
+    """A folder with a device model and a guest that uses it."""
+    pytester.makepyfile(counter=MODEL, use=USE)
+    pytester.makeini("[pytest]\ntrio_mode = true\nfilterwarnings = error\n")
+    return pytester
+
+
+def run(project: pytest.Pytester, *words: str) -> pytest.RunResult:
+    return project.runpytest_subprocess("-q", "-p", "no:cacheprovider", *words)
+
+
+def test_plain_tests_and_trio_tests(project: pytest.Pytester) -> None:
+    project.makepyfile(test_counter=TESTS)
+    run(project, "--vfio-user-moves=3").assert_outcomes(passed=3)
+
+
+def test_in_processes_of_their_own_that_find_the_model(project: pytest.Pytester) -> None:
+    project.makepyfile(test_counter=TESTS)
+    run(project, "--vfio-user-apart", "-k", "by_name").assert_outcomes(passed=1, deselected=2)
+
+
+def test_a_failure_says_what_repeats_it(project: pytest.Pytester) -> None:
+    project.makepyfile(test_counter=FAILING)
+    first = run(project)
+    first.assert_outcomes(failed=1)
+    text = first.stdout.str()
+    assert re.search(r"^E +AssertionError", text, re.MULTILINE)
+    found = re.search(r"repeat it with (--vfio-user-seed=\d+)", text)
+    assert found is not None
+    again = run(project, found[1]).stdout.str()
+    moves = [re.findall(r"move \d+: [^:\n]*", output) for output in (text, again)]
+    assert moves[0]
+    assert moves[0][0] == moves[1][0]
+
+
+def test_who_does_not_use_it_loads_nothing(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(LAZY)
+    run(pytester).assert_outcomes(passed=1)
+
+
+def test_the_options_are_documented(pytester: pytest.Pytester) -> None:
+    text = run(pytester, "--help").stdout.str()
+    assert all(name in text for name in ("--vfio-user-seed", "--vfio-user-moves", "--vfio-user-apart"))
+    assert "vfio_migration" in run(pytester, "--fixtures").stdout.str()
+
+
+@pytest.mark.parametrize("words", [["--vfio-user-moves=0"], ["--vfio-user-seed=x"]])
+def test_wrong_options(pytester: pytest.Pytester, words: list[str]) -> None:
+    done = run(pytester, *words)
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    assert words[0].partition("=")[0] in done.stderr.str()
+
+
+def test_the_plugin_itself_imports_only_pytest() -> None:
+    source = (Path(__file__).parents[2] / "testing" / "pytest_plugin.py").read_text()
+    top = re.findall(r"^(?:from|import) ([\w.]+)", source, re.MULTILINE)
+    assert top == ["typing", "pytest"]
