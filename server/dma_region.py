@@ -173,16 +173,16 @@ class FileRegion(DmaRegion):
         self._fd.close()
 
 
-def open_region(spec: RegionSpec, fd: OwnedFd | None, *, trusted: bool) -> DmaRegion:
+def open_region(spec: RegionSpec, fd: OwnedFd | None, *, trusted: bool, room: int) -> DmaRegion:
     """The region in the best way that its descriptor allows; takes ownership of `fd` in any case.
 
     RemoteProtocolError (EINVAL, EACCES, EBADF) for a descriptor that cannot be the memory of the region,
-    DeviceError with the kernel's errno when mapping fails.
+    DeviceError with the kernel's errno when mapping fails, and with ENOMEM for more than `room` bytes of it.
     """
     if fd is None:
         return DmaRegion(spec)
     try:
-        region = _open(spec, fd, trusted)
+        region = _open(spec, fd, trusted, room)
     except BaseException:
         fd.close()
         raise
@@ -191,12 +191,14 @@ def open_region(spec: RegionSpec, fd: OwnedFd | None, *, trusted: bool) -> DmaRe
     return region
 
 
-def _open(spec: RegionSpec, fd: OwnedFd, trusted: bool) -> DmaRegion:
+def _open(spec: RegionSpec, fd: OwnedFd, trusted: bool, room: int) -> DmaRegion:
     number = fd.fileno()
     flags = fcntl.fcntl(number, fcntl.F_GETFL)
     _check_mode(spec, flags)
     regular = _check_file(spec, number, trusted)
     if trusted or _cannot_shrink(number):
+        if spec.size > room:
+            raise DeviceError(f"{spec.size:#x} bytes more would be too much mapped memory", errno.ENOMEM)
         return _mapped(spec, number)
     assert regular
     if spec.writable and not _takes_pwrite(number, flags):

@@ -12,10 +12,15 @@ from typing import Protocol
 
 from vfio_user.protocol.constants import DEFAULT_MAX_DMA_MAPS
 from vfio_user.protocol.errors import DeviceError, RemoteProtocolError
-from vfio_user.server.dma_region import DmaRegion, RegionSpec, open_region
+from vfio_user.server.dma_region import DmaRegion, MappedRegion, RegionSpec, open_region
 from vfio_user.transport.fds import OwnedFd
 
 ADDRESS_SPACE = 1 << 64
+
+MAX_MAPPED = 32 << 40
+"""Bytes of a client's memory that are mapped at a time. A sealed memfd costs its owner nothing, however long,
+and a process has addresses for 128 TiB (x86-64 with four levels of page tables): a client that took them all
+would leave none for allocations. The largest machines that one can rent have less memory than this."""
 
 
 class RegionWatcher(Protocol):
@@ -45,6 +50,7 @@ class DmaTable:
         """The dirty log, while pages are logged."""
         self._starts: list[int] = []
         self._regions: dict[int, DmaRegion] = {}
+        self._mapped = 0
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -69,8 +75,9 @@ class DmaTable:
 
         EINVAL: size 0, not page aligned, past the end of the address space, neither readable nor
         writable, a descriptor that is too short or no file. EEXIST: overlaps a region. ENOSPC: too many
-        regions. EACCES: the descriptor does not allow writing, and `writable` (as mmap says it; the
-        kernel's VFIO refuses it too, because a DMA that fails later would be worse).
+        regions. ENOMEM: more than MAX_MAPPED bytes to map. EACCES: the descriptor does not allow writing,
+        and `writable` (as mmap says it; the kernel's VFIO refuses it too, because a DMA that fails later
+        would be worse).
         """
         spec = RegionSpec(address, size, offset if fd is not None else 0, readable, writable)
         try:
@@ -79,7 +86,8 @@ class DmaTable:
             if fd is not None:
                 fd.close()
             raise
-        region = open_region(spec, fd, trusted=self.trust_client_memory)
+        room = MAX_MAPPED - self._mapped
+        region = open_region(spec, fd, trusted=self.trust_client_memory, room=room)
         if self.watcher is not None:
             try:
                 self.watcher.mapped(region)
@@ -88,6 +96,7 @@ class DmaTable:
                 raise
         insort(self._starts, address)
         self._regions[address] = region
+        self._mapped += _mapped_size(region)
         return region
 
     def _check(self, spec: RegionSpec) -> None:
@@ -139,6 +148,7 @@ class DmaTable:
     def _remove(self, first: int, last: int) -> None:
         for start in self._starts[first:last]:
             region = self._regions.pop(start)
+            self._mapped -= _mapped_size(region)
             region.close()
             if self.watcher is not None:
                 self.watcher.unmapped(region)
@@ -163,3 +173,7 @@ class DmaTable:
     def _first_from(self, address: int, size: int) -> DmaRegion | None:
         found = self.overlapping(address, size)
         return found[0] if found else None
+
+
+def _mapped_size(region: DmaRegion) -> int:
+    return region.size if isinstance(region, MappedRegion) else 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vfio_user.protocol.errors import VfioUserError
 from vfio_user.server.dma_region import Access
-from vfio_user.server.dma_table import DmaTable
+from vfio_user.server.dma_table import MAX_MAPPED, DmaTable
 from vfio_user.transport.fds import OwnedFd
 
 PAGE = 4096
@@ -146,6 +146,20 @@ def test_too_many(table: DmaTable) -> None:
     assert refused(table, 4 * PAGE, PAGE, fd=sealed(PAGE)) == errno.ENOSPC
     table.unmap(0, PAGE)
     table.map(4 * PAGE, PAGE)
+
+
+def test_mapped_memory_leaves_addresses_for_ourselves(table: DmaTable) -> None:
+    half = MAX_MAPPED // 2
+    for i in range(2):
+        table.map(i * half, half, sealed(half))
+    assert refused(table, 2 * half, PAGE, fd=sealed(PAGE)) == errno.ENOMEM
+    table.map(2 * half, half, memfd(half))  # by file I/O: takes no addresses
+    table.unmap(0, half)
+    assert refused(table, 4 * half, half + PAGE, fd=sealed(half + PAGE)) == errno.ENOMEM
+    table.map(0, half, sealed(half))
+    assert refused(table, 4 * half, PAGE, fd=sealed(PAGE)) == errno.ENOMEM
+    table.unmap_all()
+    table.map(0, MAX_MAPPED, sealed(MAX_MAPPED))
 
 
 def test_descriptors_that_are_no_files(table: DmaTable, tmp_path: Path) -> None:
