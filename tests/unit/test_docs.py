@@ -18,6 +18,7 @@ from vfio_user.device_models.e1000.packet_buffer import CAPACITY
 from vfio_user.protocol.capabilities import MAX_TEXT
 from vfio_user.protocol.commands import COMMANDS
 from vfio_user.protocol.constants import MESSAGE_OVERHEAD
+from vfio_user.server.dma_table import MAX_MAPPED
 from vfio_user.server.engines.native import Settings
 from vfio_user.server.message_dma import WINDOW
 from vfio_user.transport.channel import QUEUE_LIMIT
@@ -177,6 +178,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         "one message": f"({settings.max_data_xfer_size >> 20} MiB) and {MESSAGE_OVERHEAD:,} bytes",
         "JSON of VERSION": f"{MAX_TEXT >> 10} KiB",
         "DMA regions": f"{settings.max_dma_maps:,}",
+        "client memory that is mapped": f"{MAX_MAPPED >> 40} TiB, a quarter of",
         "descriptors in one message": f"{settings.max_msg_fds}",
         "unsent replies": f"beyond {QUEUE_LIMIT >> 20} MiB",
         "DMA messages of one access under way": f"{WINDOW}",
