@@ -12,8 +12,9 @@ never suspends; without it the task really waits for the VMM's reply. A task han
 (64 descriptors, 64 KiB), then `await pause()`.
 
 **After an await everything may have changed:** registers written, device reset, memory unmapped. Read
-again what the decision depends on. Any await may also be the last one: reset and stop cut tasks there
-(the coroutine is closed: `finally` blocks run and must not await).
+again what the decision depends on. Any await may also be the last one: a reset cuts tasks there, and so
+do a move to another host and a client that leaves (the coroutine is closed: `finally` blocks run and must
+not await).
 
 **Commit.** An outside effect (a frame sent, a frame accepted) and the state that forbids its repetition
 change in one step without an await between them; a write-back that is still owed is itself state. So a
@@ -25,10 +26,10 @@ task can be cut at any await and begun anew: nothing is lost, nothing happens tw
 **Views.** A buffer that `dma.read` returns may be a view of guest memory. It is valid until the next
 await, and is not kept in an attribute or an exception.
 
-**Stop.** A stopped device still gets register accesses, `irq_unmasked` and `reset`. Starts are remembered
-by the host, device time stands still, nothing is sent, no frame is taken from the wire (what is accepted
-after the state was saved would be lost). The host fires no interrupt, but remembers the level of INTx and
-fires it on `resume`, and tells of every vector that can be delivered then.
+**Stop.** A stopped device still gets register accesses, `irq_unmasked` and `reset`. Tasks and device time
+stand still, starts are remembered by the host, nothing is sent, no frame is taken from the wire (what is
+accepted after the state was saved would be lost). The host fires no interrupt, but remembers the level of
+INTx and fires it on `resume`, and tells of every vector that can be delivered then.
 
 **Time** is `host.clock()` and `host.call_at()`, in nanoseconds, frozen while the device is stopped.
 
@@ -41,6 +42,7 @@ levels, the masks that the guest sets and pending bits are. A restored state com
 stream: no value that `load` lets pass may make the model raise, or loop, later.
 """
 
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -121,6 +123,13 @@ class Dma(Protocol):
 
     async def write_many(self, segments: Sequence[tuple[int, Buffer]]) -> None:
         """Write every (address, data), in this order; all have reached guest memory when this returns."""
+
+    async def write_each(self, segments: deque[tuple[int, Buffer]]) -> None:
+        """As `write_many`; each leaves `segments` as soon as it has reached guest memory.
+
+        So what is left after a cut is what is still owed. Writing the others again would not be harmless:
+        the guest may have put something else there.
+        """
 
 
 class Host(Protocol):

@@ -19,7 +19,7 @@ from functools import partial
 from vfio_user.device_models.device import Device, DmaError, IrqIndex
 from vfio_user.device_models.host import HostBase
 from vfio_user.device_models.regions import Buffer
-from vfio_user.device_models.tasks import Completion
+from vfio_user.device_models.tasks import Completion, Gate
 
 
 @dataclass
@@ -34,6 +34,8 @@ class FakeDma:
     bytes_written: int = 0
     waiting: deque[Callable[[], None]] = field(default_factory=deque)
     """The accesses that the VMM has not answered yet (not `mapped`)."""
+    gate: Gate = field(default_factory=Gate)
+    """Passed before each access."""
 
     def _check(self, address: int, length: int, writable_from: int = 0) -> None:
         if not self.enabled:
@@ -76,12 +78,14 @@ class FakeDma:
         await self.write_many([(address, data)])
 
     async def read_many(self, segments: Sequence[tuple[int, int]]) -> list[Buffer]:
+        await self.gate.passed()
         if self.mapped:
             return [self._load(address, length) for address, length in segments]
         replies = [self._later(partial(self._copy, a, n)) for a, n in segments]
         return [await reply or b"" for reply in replies]
 
     async def write_many(self, segments: Sequence[tuple[int, Buffer]]) -> None:
+        await self.gate.passed()
         if self.mapped:
             for address, data in segments:
                 self._store(address, data)
@@ -89,6 +93,21 @@ class FakeDma:
         replies = [self._later(partial(self._store, a, bytes(data))) for a, data in segments]
         for reply in replies:
             await reply
+
+    async def write_each(self, segments: deque[tuple[int, Buffer]]) -> None:
+        await self.gate.passed()
+        replies = [None if self.mapped else self._later(partial(self._store, a, d)) for a, d in segments]
+        for reply in replies:
+            if reply is None:
+                self._store(*segments[0])
+            else:
+                await reply
+            segments.popleft()
+
+    def answer(self, count: int | None = None) -> None:
+        """The VMM does `count` waiting accesses, or all; the device has not looked at the answers yet."""
+        for _ in range(len(self.waiting) if count is None else min(count, len(self.waiting))):
+            self.waiting.popleft()()
 
 
 class FakeMemory:
@@ -104,7 +123,7 @@ class FakeHost(HostBase):
     def __init__(self, memory_size: int = 1 << 20, *, mapped: bool = True) -> None:
         self.now = 0
         super().__init__(lambda: self.now)
-        self.dma = FakeDma(bytearray(memory_size), mapped)
+        self.dma = FakeDma(bytearray(memory_size), mapped, gate=self.gate)
         self.irq_level = False
         self.irq_rises = 0
         """How often the INTx level has risen."""

@@ -41,8 +41,11 @@ def _encode(sections: SavedSections) -> str:
 
 
 def save_device(host: FakeHost, device: Device) -> SavedDevice:
-    """Stop the device and save it."""
+    """Stop the device and save it. The VMM first does the DMA that it was asked for, as one does that takes
+    messages in their order: before it sees the reply to the stop."""
     host.stop()
+    host.dma.answer()
+    host.settle()
     memories = {name: bytes(memory.view) for name, memory in device.memories().items()}
     return SavedDevice(
         device.model, device.state_version, _encode(save_sections(device.sections())), memories

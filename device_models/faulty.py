@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A device that fails on demand: what a server has to survive, for its tests."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from vfio_user.device_models.device import DmaError, Host, IrqIndex, Option, pause
 from vfio_user.device_models.pci import Bar, Identity
 from vfio_user.device_models.pci_device import PciDevice
+from vfio_user.device_models.regions import StreamedMemory, parse_size
 from vfio_user.device_models.registers import Register, RegisterFile
+from vfio_user.device_models.state import Apply, Fields, Reader, Section
 
-PLACES = ("nowhere", "constructor", "reset", "region", "config", "unmask", "counters")
-"""Where option `fail` makes the device raise `Fault`, each time that it gets there."""
+PLACES = (
+    *("nowhere", "constructor", "reset", "region", "config", "unmask", "counters"),
+    *("save", "load", "apply", "restored", "log", "take", "adopt", "state"),
+)
+"""Where option `fail` makes the device raise `Fault`, each time that it gets there; with "-once" behind it
+only the first time. "state" raises nothing: what is saved is a state that every device refuses."""
+DIRTY = {"exact": True, "unknown": False}
 STORM = 10_000
 """Edges of an interrupt storm."""
 
@@ -21,9 +29,7 @@ REGISTERS = (
     Register("WORD", 0x00, writable=2**32 - 1, text="works always"),
     Register("RAISES", 0x04, text="reading or writing it raises"),
     Register("WRONG_SIZE", 0x08, text="a read of it gives a byte too few"),
-    Register(
-        "START", 0x0C, text="starts a task: 1 raises, 2 endless, 3 DMA read, 4 DMA write, 5 INTx storm, ..."
-    ),
+    Register("START", 0x0C, text="starts a task: 1 raises, 2 endless, 3 DMA read, 4 DMA write, 5 storm, ..."),
     Register("ADDRESS", 0x10, width=8, writable=2**64 - 1, text="guest address of the DMA"),
     Register("LENGTH", 0x18, writable=2**32 - 1, text="bytes of the DMA"),
     Register("DONE", 0x1C, text="tasks that ended well"),
@@ -39,9 +45,15 @@ class Fault(Exception):
 
 
 def parse_place(text: str) -> str:
-    if text not in PLACES:
+    if text.removesuffix("-once") not in PLACES:
         raise ValueError(f"it is one of {', '.join(PLACES)}, not {text!r}")
     return text
+
+
+def parse_dirty(text: str) -> bool:
+    if text not in DIRTY:
+        raise ValueError(f"it is {' or '.join(DIRTY)}, not {text!r}")
+    return DIRTY[text]
 
 
 class _Registers(RegisterFile):
@@ -52,14 +64,42 @@ class _Registers(RegisterFile):
         return data[:-1] if offset == self.cell("WRONG_SIZE").offset else data
 
 
+class _Memory(StreamedMemory):
+    """Memory that fails on demand."""
+
+    def __init__(self, size: int, fail_at: Callable[[str], None]) -> None:
+        super().__init__(size)
+        self._fail_at = fail_at
+
+    def start_log(self) -> None:
+        self._fail_at("log")
+        super().start_log()
+
+    def take(self, limit: int) -> tuple[int, int] | None:
+        self._fail_at("take")
+        return super().take(limit)
+
+    def adopt(self, memory: memoryview) -> memoryview:
+        self._fail_at("adopt")
+        return super().adopt(memory)
+
+
 class Faulty(PciDevice):
     model = "faulty"
     summary = "fails on demand: exceptions, bad DMA, endless tasks, interrupt storms; for tests of servers"
-    options = (Option("fail", parse_place, "nowhere", f"where it fails each time: {', '.join(PLACES)}"),)
+    options = (
+        Option(
+            "fail", parse_place, "nowhere", f"where it fails (-once: the first time): {', '.join(PLACES)}"
+        ),
+        Option("dirty", parse_dirty, "exact", "which pages it says that it wrote: exact, or unknown"),
+        Option("memory", parse_size, "0", "size of BAR 2: 0 (none), or 4K to 1G, a power of two"),
+    )
     identity = Identity(vendor_id=0x1234, device_id=0xFA17, class_code=0xFF0000)
+    state_version = 1
 
-    def __init__(self, host: Host, *, fail: str = "nowhere") -> None:
+    def __init__(self, host: Host, *, fail: str = "nowhere", dirty: bool = True, memory: int = 0) -> None:
         self.fail = fail
+        self.precise_dirty = dirty
         self._fail_at("constructor")
         self._tasks: dict[int, Callable[[], Coroutine[Any, Any, None]]] = {
             RAISE: self._raise,
@@ -77,14 +117,17 @@ class Faulty(PciDevice):
             on_write={
                 "RAISES": self._write_raises,
                 "START": self._start,
-                "STOP": lambda _index, _value: host.cancel("fault"),
+                "STOP": self._stop,
                 "TIMER_RAISES": self._set_timer,
             },
         )
-        super().__init__(host, {0: Bar(self.registers)}, msi_vectors=1, msix_vectors=1)
+        large = {2: Bar(_Memory(memory, self._fail_at), wide=True, prefetchable=True)} if memory else {}
+        super().__init__(host, {0: Bar(self.registers)} | large, msi_vectors=1, msix_vectors=1)
 
     def _fail_at(self, place: str) -> None:
-        if self.fail == place:
+        if self.fail.removesuffix("-once") == place:
+            if self.fail != place:
+                self.fail = "nowhere"
             raise Fault(f"{place} fails on demand")
 
     def _read_word(self, _index: int) -> int:
@@ -99,7 +142,19 @@ class Faulty(PciDevice):
 
     def _start(self, _index: int, value: int) -> None:
         if value in self._tasks:
-            self.host.start("fault", self._tasks[value])
+            self.registers.cell("START").value = value
+            self.host.start("fault", self._task)
+
+    def _stop(self, _index: int, _value: int) -> None:
+        self.host.cancel("fault")
+        self.registers.cell("START").value = 0
+
+    async def _task(self) -> None:
+        """What START says, until it is done or stopped; after a move it is begun anew."""
+        start = self.registers.cell("START")
+        if start.value in self._tasks:
+            await self._tasks[start.value]()
+        start.value = 0
 
     def _set_timer(self, _index: int, _value: int) -> None:
         self.host.call_at(self.host.clock(), self._timer)
@@ -113,6 +168,7 @@ class Faulty(PciDevice):
 
     async def _raise(self) -> None:
         await pause()
+        self.registers.cell("START").value = 0
         raise Fault("a task fails on demand")
 
     async def _endless(self) -> None:
@@ -156,7 +212,7 @@ class Faulty(PciDevice):
 
     async def _cancel_itself(self) -> None:
         self._count("DONE")
-        self.host.cancel("fault")
+        self._stop(0, 0)
         await pause()
         self._count("TURNS")  # never: the cut comes at the await
 
@@ -174,4 +230,23 @@ class Faulty(PciDevice):
 
     def reset_state(self) -> None:
         self._fail_at("reset")
-        self.registers.reset()
+        super().reset_state()
+
+    # State
+
+    def state_sections(self) -> Sequence[Section]:
+        return (*super().state_sections(), Section("faulty", 1, self._save, self._load))
+
+    def _save(self) -> Fields:
+        self._fail_at("save")
+        return {"surprise": "?"} if self.fail == "state" else {}
+
+    def _load(self, reader: Reader) -> Apply:
+        self._fail_at("load")
+        return partial(self._fail_at, "apply")
+
+    def restored(self) -> None:
+        super().restored()
+        self._fail_at("restored")
+        if self.registers.cell("START").value:
+            self.host.start("fault", self._task)

@@ -4,7 +4,7 @@
 import logging
 from collections.abc import Callable, Hashable
 
-from vfio_user.device_models.tasks import TaskRunner
+from vfio_user.device_models.tasks import Gate, TaskRunner
 from vfio_user.device_models.timers import Timer, Timers
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ class HostBase:
         self.start = self.tasks.start
         self.cancel = self.tasks.cancel
         self.clock = self.timers.clock
+        self.gate = Gate()
+        """Passed before each DMA; closed while the device is stopped."""
         self.running = True
         """Plain, because it is asked for each frame that comes."""
 
@@ -38,12 +40,14 @@ class HostBase:
         return self.timers.call_at(deadline, callback)
 
     def settle(self) -> None:
-        """For a stop that is asked for: first let tasks take note of the replies that have come."""
+        """Let tasks take note of the replies that have come: before a stop that is asked for, and before the
+        state is saved. No DMA is begun while the device is stopped."""
         self.tasks.settle()
 
     def stop(self) -> None:
-        """Cut every task, freeze device time. Work that was under way is begun anew by `resume`."""
+        """Let tasks and device time stand still until `resume`."""
         self.running = False
+        self.gate.close()
         self.tasks.stop()
         self.timers.freeze()
 
@@ -51,6 +55,7 @@ class HostBase:
         self.running = True
         self.timers.thaw()
         self.tasks.resume()
+        self.gate.open()
 
     def reset(self) -> None:
         """Forget tasks and timers, as a device reset does; to be followed by `Device.reset`."""

@@ -114,7 +114,6 @@ class StreamedMemory(Region):
         super().__init__(size)
         self._view = memoryview(bytearray(size))
         self._log = WriteLog(size)
-        self.start_log, self.stop_log, self.take = self._log.start, self._log.stop, self._log.take
 
     @property
     def view(self) -> memoryview:
@@ -125,6 +124,18 @@ class StreamedMemory(Region):
     def pending(self) -> int:
         """See `StateMemory.pending`."""
         return self._log.pending
+
+    def start_log(self) -> None:
+        """See `StateMemory.start_log`."""
+        self._log.start()
+
+    def stop_log(self) -> None:
+        """See `StateMemory.stop_log`."""
+        self._log.stop()
+
+    def take(self, limit: int) -> tuple[int, int] | None:
+        """See `StateMemory.take`."""
+        return self._log.take(limit)
 
     def reset(self) -> None:
         """Fill with zeros."""

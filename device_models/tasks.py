@@ -59,6 +59,32 @@ class Completion(Generic[T]):
         return self._result  # type: ignore[return-value]  # settled without an error: a T
 
 
+class Gate:
+    """Where tasks wait before each DMA while the device is stopped."""
+
+    __slots__ = ("_waiting", "closed")
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._waiting: list[Completion[None]] = []
+
+    async def passed(self) -> None:
+        """Wait until the gate is open."""
+        while self.closed:
+            waiting: Completion[None] = Completion()
+            self._waiting.append(waiting)
+            await waiting
+
+    def close(self) -> None:
+        self.closed = True
+
+    def open(self) -> None:
+        self.closed = False
+        waiting, self._waiting = self._waiting, []
+        for task in waiting:
+            task.finish(None)
+
+
 class _Pause:
     """Awaited by `pause()`: yields None, which sends the task to the end of the queue."""
 
@@ -131,13 +157,13 @@ class TaskRunner:
             self._step(self._ready.popleft())
 
     def settle(self) -> None:
-        """Let each task whose answer has come take the step after it: before a stop.
+        """Let each task whose answer has come take the step after it, also while stopped: before a save.
 
-        An answered write is in guest memory, and the guest may have acted on it. Were the task cut just
-        there, it would be written again after the guest had put something else in its place.
+        An answered write is in guest memory, and the guest may act on it. Were the task cut just there, it
+        would be written again after the guest has put something else in its place.
         """
         for task in [task for task in self._ready if task.answered]:
-            if not task.cancelled and not self.stopped:
+            if not task.cancelled:
                 self._ready.remove(task)
                 self._step(task)
 
@@ -152,15 +178,19 @@ class TaskRunner:
             self.cancel(key)
 
     def stop(self) -> None:
-        """Cut every task; each is owed a fresh start at `resume`."""
+        """Let every task stand still where it is until `resume`. What it waits for may come meanwhile."""
         self.stopped = True
-        for key, task in list(self._tasks.items()):
-            self._discard(task)
-            self._tasks[key] = _Task(key, task.work)
 
     def resume(self) -> None:
+        """Run again; harmless if it runs."""
         self.stopped = False
-        self._ready = deque(self._tasks.values())
+
+    def cut(self) -> None:
+        """While stopped: cut every task, for nobody will answer; each is owed a fresh start at `resume`."""
+        for key, task in list(self._tasks.items()):
+            self._discard(task)
+            self._tasks[key] = fresh = _Task(key, task.work)
+            self._ready.append(fresh)
 
     def _discard(self, task: _Task) -> None:
         task.cancelled = True

@@ -5,11 +5,13 @@ Mapped and file memory is accessed at once: the coroutines never suspend. Memory
 accessed by message, and a task really waits. `counters` tell which way the bytes went.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from vfio_user.device_models.device import DmaError
 from vfio_user.device_models.regions import Buffer
+from vfio_user.device_models.tasks import Gate
 from vfio_user.server.dma_region import Access, DmaRegion, RegionSpec
 from vfio_user.server.dma_table import DmaTable
 from vfio_user.server.message_dma import MessageDma, MessageWriter
@@ -69,12 +71,18 @@ class GuestMemory:
     a copy.
     """
 
-    def __init__(self, table: DmaTable, messages: MessageDma | None = None) -> None:
+    def __init__(self, table: DmaTable, messages: MessageDma | None = None, gate: Gate | None = None) -> None:
+        """`gate` is passed before each access; when it closes, `take_no_short_way` is to be called."""
         self.enabled = False
+        self.gate = gate or Gate()
         self.table = table
         self.messages = messages
         self.counters = DmaCounters()
         # The region of the last access; one that has been unmapped covers nothing and never hits.
+        self.take_no_short_way()
+
+    def take_no_short_way(self) -> None:
+        """Let the next access look for its region, and pass the gate."""
         self._last = DmaRegion(RegionSpec(0, 0))
 
     # The test for the fast path is written out in each method: a call would cost as much as all of it.
@@ -141,6 +149,17 @@ class GuestMemory:
                 return
         await self._write_slowly(segments)
 
+    async def write_each(self, segments: deque[tuple[int, Buffer]]) -> None:
+        region = self._last
+        if region.write_view is not None and self.enabled:
+            start, end = region.address, region.end
+            while segments and start <= segments[0][0] and segments[0][0] + len(segments[0][1]) <= end:
+                address, data = segments.popleft()
+                region.store(address - start, data)
+                self.counters.count_write(region.access, len(data))
+        if segments:
+            await self._write_slowly(tuple(segments), segments.popleft)
+
     def _part(self, address: int, length: int) -> _Part:
         """The part of a range that lies in one region, from the start of the range.
 
@@ -151,7 +170,8 @@ class GuestMemory:
         region = self.table.find(address)
         if region is None:
             raise DmaError(address, length, "nothing is mapped there")
-        self._last = region
+        if not self.gate.closed:  # nobody may take the short way past it
+            self._last = region
         return region, address - region.address, min(length, region.end - address)
 
     def _readable_parts(self, address: int, length: int) -> list[_Part]:
@@ -168,7 +188,8 @@ class GuestMemory:
         return parts
 
     async def _read_slowly(self, segments: Sequence[tuple[int, int]]) -> list[Buffer]:
-        """Every way and every error; suspends only when a part goes by message."""
+        """Every way and every error; suspends only when a part goes by message, or at the gate."""
+        await self.gate.passed()
         located = [self._readable_parts(address, length) for address, length in segments]
         by_message = [part for parts in located for part in parts if part[0].access is Access.MESSAGE]
         if not by_message:
@@ -197,8 +218,14 @@ class GuestMemory:
             return None
         return bytes(self._load([part]))
 
-    async def _write_slowly(self, segments: Sequence[tuple[int, Buffer]]) -> None:
-        """Every way and every error, in order; suspends only when a part goes by message."""
+    async def _write_slowly(
+        self, segments: Sequence[tuple[int, Buffer]], written: Callable[[], object] = lambda: None
+    ) -> None:
+        """Every way and every error, in order; suspends only when a part goes by message, or at the gate.
+
+        `written` is called after each of the segments that has reached guest memory.
+        """
+        await self.gate.passed()
         writer: MessageWriter | None = None
         for address, data in segments:
             if not self.enabled:
@@ -210,7 +237,7 @@ class GuestMemory:
                     raise DmaError(address, length, "the region is read-only")
                 if region.access is Access.MESSAGE:
                     writer = writer or self._require_messages(*part).writer()
-                    await writer.add(address, view[:length])
+                    await writer.add(address, view[:length], written if length == len(view) else None)
                 elif writer is not None:
                     # What was sent before has to arrive before. Then look again: it may be unmapped.
                     await writer.finish()
@@ -218,6 +245,8 @@ class GuestMemory:
                     continue
                 else:
                     region.store(offset, view[:length])
+                    if length == len(view):
+                        written()
                 self.counters.count_write(region.access, length)
                 address, view = address + length, view[length:]
         if writer is not None:

@@ -59,7 +59,7 @@ class EngineHost(HostBase):
         super().__init__(time.monotonic_ns, log_timer_error)
         self._memories: list[MemfdMemory] = []
         self.table = table
-        self.dma = GuestMemory(table)
+        self.dma = GuestMemory(table, gate=self.gate)
 
     def install(self, device: Device) -> None:
         """Know the device, which has been made with this host; it is stopped until a client uses it."""
@@ -68,6 +68,7 @@ class EngineHost(HostBase):
     def detach(self) -> None:
         """The client has gone: stop the device, release the client's memory and descriptors."""
         self.stop()
+        self.tasks.cut()  # nobody answers what they wait for
         self.dma.messages = None
         self.table.unmap_all()
         self.irqs.release()
@@ -81,6 +82,7 @@ class EngineHost(HostBase):
 
     def stop(self) -> None:
         super().stop()
+        self.dma.take_no_short_way()
         self.irqs.stop()
 
     def resume(self) -> None:
@@ -148,7 +150,7 @@ class ServerHost(EngineHost):
     def attach(self, sender: DmaSender, *, max_dma_maps: int, max_transfer: int) -> None:
         """A client has negotiated: DMA without shared memory goes to it by message."""
         self.table.max_regions = max_dma_maps
-        self.dma.messages = MessageDma(sender, max_transfer)
+        self.dma.messages = MessageDma(sender, max_transfer, self.gate)
 
     def detach(self) -> None:
         self.dirty.stop()

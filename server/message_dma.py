@@ -6,11 +6,12 @@ nothing that is answered in-band does.
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from vfio_user.device_models.device import DmaError
 from vfio_user.device_models.regions import Buffer
-from vfio_user.device_models.tasks import Completion
+from vfio_user.device_models.tasks import Completion, Gate
 from vfio_user.protocol.constants import DEFAULT_MAX_DATA_XFER_SIZE
 from vfio_user.protocol.errors import VfioUserError
 
@@ -36,11 +37,12 @@ class DmaSender(Protocol):
 class _Sent(Generic[T]):
     """A message under way, and what is said of it if it fails."""
 
-    __slots__ = ("address", "completion", "length")
+    __slots__ = ("address", "completion", "length", "written")
 
     def __init__(self, address: int, length: int) -> None:
         self.address = address
         self.length = length
+        self.written: Callable[[], object] | None = None
         self.completion: Completion[T] = Completion()
 
     def error(self, reason: str) -> DmaError:
@@ -56,25 +58,30 @@ class _Sent(Generic[T]):
 class MessageDma:
     """Splits accesses into messages and keeps `WINDOW` of them under way; replies come in any order."""
 
-    def __init__(self, sender: DmaSender, max_transfer: int = DEFAULT_MAX_DATA_XFER_SIZE) -> None:
+    def __init__(
+        self, sender: DmaSender, max_transfer: int = DEFAULT_MAX_DATA_XFER_SIZE, gate: Gate | None = None
+    ) -> None:
+        """`gate` is passed after each wait: no message is sent while it is closed."""
         self._sender = sender
+        self._gate = gate or Gate()
         self.max_transfer = max_transfer
         """The client's max_data_xfer_size, in bytes."""
 
     def reader(self) -> "MessageReader":
-        return MessageReader(self._sender, self.max_transfer)
+        return MessageReader(self._sender, self.max_transfer, self._gate)
 
     def writer(self) -> "MessageWriter":
-        return MessageWriter(self._sender, self.max_transfer)
+        return MessageWriter(self._sender, self.max_transfer, self._gate)
 
 
 class MessageReader:
     """The reads of one access: `add` each range, then take its bytes with `result`, in the same order."""
 
-    __slots__ = ("_done", "_max_transfer", "_sender", "_sent")
+    __slots__ = ("_done", "_gate", "_max_transfer", "_sender", "_sent")
 
-    def __init__(self, sender: DmaSender, max_transfer: int) -> None:
+    def __init__(self, sender: DmaSender, max_transfer: int, gate: Gate) -> None:
         self._sender = sender
+        self._gate = gate
         self._max_transfer = max_transfer
         self._sent: deque[_Sent[Buffer]] = deque()
         self._done: deque[Buffer] = deque()
@@ -84,6 +91,7 @@ class MessageReader:
         for place, count in _pieces(address, length, self._max_transfer):
             if len(self._sent) >= WINDOW:
                 self._done.append(await self._next())
+                await self._gate.passed()
             sent: _Sent[Buffer] = _Sent(place, count)
             try:
                 self._sender.send_dma_read(place, count, sent.completion)
@@ -111,19 +119,24 @@ class MessageReader:
 class MessageWriter:
     """The writes of one access: `add` each, then `finish`."""
 
-    __slots__ = ("_max_transfer", "_sender", "_sent")
+    __slots__ = ("_gate", "_max_transfer", "_sender", "_sent")
 
-    def __init__(self, sender: DmaSender, max_transfer: int) -> None:
+    def __init__(self, sender: DmaSender, max_transfer: int, gate: Gate) -> None:
         self._sender = sender
+        self._gate = gate
         self._max_transfer = max_transfer
         self._sent: deque[_Sent[int]] = deque()
 
-    async def add(self, address: int, data: Buffer) -> None:
-        """Send the data; waits only while the window is full. The view must then outlive that wait."""
+    async def add(self, address: int, data: Buffer, written: Callable[[], object] | None = None) -> None:
+        """Send the data; waits only while the window is full. The view must then outlive that wait.
+
+        `written` is called when all of it, and all that was added before, has reached guest memory.
+        """
         view = memoryview(data)
         for place, count in _pieces(address, len(view), self._max_transfer):
             if len(self._sent) >= WINDOW:
                 await self._next()
+                await self._gate.passed()
             sent: _Sent[int] = _Sent(place, count)
             try:
                 start = place - address
@@ -131,6 +144,8 @@ class MessageWriter:
             except VfioUserError as error:
                 raise sent.error(error.reason) from error
             self._sent.append(sent)
+        if written is not None and self._sent:
+            self._sent[-1].written = written
 
     async def finish(self) -> None:
         """Wait until everything has reached guest memory."""
@@ -142,6 +157,8 @@ class MessageWriter:
         count = await sent.reply()
         if count != sent.length:
             raise sent.error(f"the client's reply is for {count} bytes")
+        if sent.written is not None:
+            sent.written()
 
 
 def _pieces(address: int, length: int, most: int) -> list[tuple[int, int]]:

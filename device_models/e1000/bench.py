@@ -19,6 +19,7 @@ from vfio_user.device_models.e1000.descriptors import RECEIVE, SIZE
 from vfio_user.device_models.e1000.device import E1000
 from vfio_user.device_models.e1000.phy import NEGOTIATION_TIME
 from vfio_user.device_models.fake_host import FakeHost
+from vfio_user.device_models.fake_migration import restore_device, save_device
 from vfio_user.device_models.net import Offload
 from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.segmentation import Burst, segment
@@ -69,6 +70,7 @@ class Bench:
 
     def __init__(self, *, mapped: bool = True, memory: int = 4 << 20, **options: Any) -> None:
         self.host = FakeHost(memory, mapped=mapped)
+        self._options = options
         self.port = RecordingPort()
         self.device = E1000(self.host, self.port, **options)
         self.memory = self.host.dma.memory
@@ -76,6 +78,20 @@ class Bench:
         self.tx_count = self.rx_count = 0
         self.tail = self.next_received = 0
         self._free = TX_DATA
+
+    def moved(self, *, mapped: bool = True) -> "Bench":
+        """The driver and its memory with another card that has taken over the state; this one is stopped.
+
+        The new host's time has nothing to do with the old one's, and its port has sent nothing yet.
+        """
+        bench = Bench(mapped=mapped, memory=len(self.memory), **self._options)
+        bench.host.advance(123_456_789)
+        restore_device(bench.host, bench.device, save_device(self.host, self.device))
+        bench.memory[:] = self.memory
+        for name in ("tx_count", "rx_count", "tail", "next_received", "_free"):
+            setattr(bench, name, getattr(self, name))
+        bench.host.resume()
+        return bench
 
     # Registers
 

@@ -60,10 +60,15 @@ class Ring:
         return b"".join(await dma.read_many(pieces))
 
     def write_back(self, descriptors: bytearray, steps: int) -> list[tuple[int, Buffer]]:
-        """What to write in order to put back the next `steps` descriptors."""
+        """What to write in order to put back the next `steps` descriptors.
+
+        Where the ring wraps, the later ones go first: the guest looks at the first ones first, so that as
+        soon as it can see any, all are there. A write that was cut in between can be done again unseen.
+        """
         segments: list[tuple[int, Buffer]] = []
         place = 0
         for address, length in self.pieces(steps) if steps else ():
             segments.append((address, memoryview(descriptors)[place : place + length]))
             place += length
+        segments.reverse()
         return segments

@@ -2,6 +2,7 @@
 """The transmit side: the ring and its packets (Software Developer's Manual, 3.3 and 3.4)."""
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable
 
 from vfio_user.device_models.device import Dma, DmaError, Host, pause
@@ -44,8 +45,8 @@ class Transmitter:
         """Whether frames may leave: there is a link or a loopback, and no pause."""
         self.context = Context()
         """Set up by the last context descriptor that the head has passed."""
-        self.owed: list[int] = []
-        """Guest addresses of the descriptors that are done and still to be marked so."""
+        self.owed: deque[tuple[int, Buffer]] = deque()
+        """Where descriptors are done and still to be marked so: guest addresses, and what goes there."""
         self.owed_delayed = False
         """Whether the delayed interrupt is owed with them."""
         self.owed_causes = 0
@@ -62,7 +63,7 @@ class Transmitter:
     def ring_moved(self) -> None:
         """The guest has written the ring's base, length or head: what was read or owed is void."""
         self.ring.generation += 1
-        self.owed.clear()
+        self.owed = deque()  # not emptied: a task may be waiting for the writes of the old one
         self.owed_delayed, self.owed_causes = False, 0
         self._wanted, self._single = BATCH, False
 
@@ -78,7 +79,7 @@ class Transmitter:
     def _save(self) -> Fields:
         return {
             "context": dataclasses.asdict(self.context),
-            "owed": [*self.owed],
+            "owed": [address for address, _ in self.owed],
             "owed_delayed": self.owed_delayed,
             "owed_causes": self.owed_causes,
             "delay": self.delay.save(),
@@ -95,7 +96,7 @@ class Transmitter:
 
         def apply() -> None:
             self.ring_moved()
-            self.context, self.owed = context, owed
+            self.context, self.owed = context, deque((address, _DONE) for address in owed)
             self.owed_delayed, self.owed_causes = owed_delayed, owed_causes
             apply_delay()
             self.malformed, self.dma_errors = malformed, dma_errors
@@ -130,7 +131,9 @@ class Transmitter:
             views = await dma.read_many(parsed.segments) if parsed.segments else []
         except DmaError:
             return await self._failed(dma)
-        if ring.generation != generation or not self._tctl.value & Tctl.EN or not self.open:
+        if ring.generation != generation or not self._host.running:
+            return True
+        if not self._tctl.value & Tctl.EN or not self.open:
             return True
         if not parsed.used:
             return await self._look_further(dma, len(descriptors))
@@ -160,7 +163,7 @@ class Transmitter:
         """The head goes over `steps` descriptors; those that want a report are owed one."""
         for step, delayed in parsed.reports:
             if step < steps:
-                self.owed.append(self.ring.address(step) + STATUS_OFFSET)
+                self.owed.append((self.ring.address(step) + STATUS_OFFSET, _DONE))
                 self.owed_delayed |= delayed
                 self.owed_causes |= 0 if delayed else Cause.TXDW
         before = self.ring.owned
@@ -215,14 +218,14 @@ class Transmitter:
     async def _settle(self, dma: Dma) -> None:
         """Mark as done what is owed, then tell the guest of it."""
         if self.owed:
-            generation = self.ring.generation
+            generation, owed = self.ring.generation, self.owed
             try:
-                await dma.write_many([(address, _DONE) for address in self.owed])
+                await dma.write_each(owed)
             except DmaError:
                 self.dma_errors += 1
             if self.ring.generation != generation:
                 return
-            self.owed.clear()
+            owed.clear()
         causes, delayed = self.owed_causes, self.owed_delayed
         self.owed_causes, self.owed_delayed = 0, False
         if delayed and not causes & Cause.TXDW:

@@ -41,10 +41,10 @@ class Stoppable(Protocol):
         """Whether tasks and device time go on."""
 
     def settle(self) -> None:
-        """Let tasks take note of the replies that have come."""
+        """Let tasks take note of the replies that have come, and begin no DMA if the device is stopped."""
 
     def stop(self) -> None:
-        """Cut tasks, freeze device time, fire no interrupt; remember what is started."""
+        """Freeze tasks and device time, fire no interrupt; remember what is started."""
 
     def resume(self) -> None:
         """Go on."""
@@ -192,7 +192,7 @@ class MigrationEngine:
             self._host.resume()
 
     def _begin_saving(self) -> None:
-        self._writer = StreamWriter(self._device)
+        self._writer = StreamWriter(self._device, self._host.settle)
         self.session += 1
 
     def _complete_saving(self) -> None:

@@ -2,7 +2,7 @@
 """Makes the state stream of a device, as much at a time as is asked for."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import xxhash
 
@@ -30,19 +30,23 @@ _END_SIZE = RECORD.size + END.size
 
 class StreamWriter:
     """One session of saving. Memories are streamed while the device runs, and again where they change;
-    sections are saved by `finish`, once the device stands still.
+    sections are saved at the end, once the device stands still.
 
     Raises whatever a model raises; the session is of no use then, but for `close`.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, settle: Callable[[], None] = lambda: None) -> None:
+        """`settle` is called before the sections are saved."""
         self._device = device
+        self._settle = settle
         self._memories: Mapping[str, StateMemory] = device.memories()
         self._queue: deque[memoryview] = deque()
         self._queued = 0
         self._hash = xxhash.xxh3_128()
         self._records = 0
         self._finishing = self._ended = False
+        self._expected = 0
+        """Bytes of the sections, roughly, while they are still to come."""
         model = device.model.encode()
         self._emit(HEADER.pack(MAGIC, FORMAT_VERSION, 0, device.state_version, len(model)) + model)
         try:
@@ -59,17 +63,24 @@ class StreamWriter:
             memory.stop_log()
 
     def finish(self) -> None:
-        """The device stands still from now on: save its sections. If that fails, nothing has changed."""
-        saved = save_sections(self._device.sections())
-        payloads = {name: (version, encode_fields(name, fields)) for name, (version, fields) in saved.items()}
-        for name, (version, payload) in payloads.items():
-            self._record(Kind.SECTION, name, payload, version=version)
+        """The device stands still from now on. If its sections cannot be saved, nothing has changed.
+
+        They are saved for good as late as possible: a client that does DMA for us has then answered what it
+        was asked before it learned of the stop, and the device takes note of it. Otherwise the destination
+        would write again what the guest can see already.
+        """
+        self._expected = sum(len(payload) for _, _, payload in self._sections())
         self._finishing = True
+
+    def _sections(self) -> list[tuple[str, int, bytes]]:
+        """Name, version and payload of each."""
+        saved = save_sections(self._device.sections())
+        return [(name, version, encode_fields(name, fields)) for name, (version, fields) in saved.items()]
 
     @property
     def pending(self) -> int:
         """Bytes that `take` can give now, roughly; 0 exactly when there are none."""
-        owed = _END_SIZE if self._finishing and not self._ended else 0
+        owed = _END_SIZE + self._expected if self._finishing and not self._ended else 0
         return self._queued + owed + sum(memory.pending for memory in self._memories.values())
 
     def take(self, size: int) -> list[Buffer]:
@@ -113,6 +124,9 @@ class StreamWriter:
             self._record(Kind.MEMORY, name, MEMORY.pack(offset), data)
 
     def _end(self) -> None:
+        self._settle()
+        for name, version, payload in self._sections():
+            self._record(Kind.SECTION, name, payload, version=version)
         head = RECORD.pack(Kind.END, 0, 0, END.size) + END.pack(self._records, bytes(_DIGEST))[:-_DIGEST]
         self._emit(head)
         self._emit(self._hash.digest())

@@ -482,6 +482,7 @@ def test_a_task_cut_at_any_await_loses_and_repeats_nothing(after: int) -> None:
         assert bench.port.offer(frame)
     bench.host.answer(after)
     bench.host.stop()
+    bench.host.tasks.cut()
     bench.host.dma.waiting.clear()
     bench.host.resume()
     bench.run()

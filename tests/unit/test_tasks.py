@@ -2,6 +2,7 @@
 """The tasks of a device, in particular those that break the rules: none ends the runner."""
 
 from collections.abc import Callable, Generator, Hashable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -85,13 +86,84 @@ def test_the_other_tasks_of_the_turn_are_run(runner: Runner) -> None:
     assert [key for key, _ in runner.errors] == [0, 2, 4]
 
 
-@pytest.mark.parametrize("cut", ["cancel", "cancel_all", "stop"])
+@pytest.mark.parametrize("cut", ["cancel", "cancel_all", "cut"])
 def test_a_task_that_fails_while_it_is_cut_is_reported(runner: Runner, cut: str) -> None:
     runner.start("key", raises_at_its_end)
     runner.run_ready()
-    {"cancel": lambda: runner.cancel("key"), "cancel_all": runner.cancel_all, "stop": runner.stop}[cut]()
+    runner.stop()
+    {"cancel": lambda: runner.cancel("key"), "cancel_all": runner.cancel_all, "cut": runner.cut}[cut]()
     assert runner.errors == [("key", "while it is cut")]
-    assert runner.idle == (cut != "stop")
+    assert runner.idle == (cut != "cut")
+
+
+def test_a_stop_lets_tasks_stand_still_and_a_cut_lets_them_begin_anew(runner: Runner) -> None:
+    answers = [Completion[int](), Completion[int]()]
+    seen: list[object] = []
+
+    async def work() -> None:
+        seen.append("begun")
+        for answer in answers:
+            seen.append(await answer)
+
+    runner.start("key", work)
+    run(runner)
+    runner.stop()
+    answers[0].finish(1)
+    run(runner)
+    assert seen == ["begun"]
+    runner.resume()
+    run(runner)
+    assert seen == ["begun", 1]
+    runner.stop()
+    runner.cut()
+    answers[1].finish(2)
+    run(runner)
+    assert seen == ["begun", 1]
+    runner.resume()
+    run(runner)
+    assert seen == ["begun", 1, "begun", 1, 2]
+    assert runner.idle
+
+
+def test_an_answer_that_has_come_is_taken_note_of_before_a_stop(runner: Runner) -> None:
+    answers = {key: Completion[int]() for key in ("answered", "waiting")}
+    seen: list[str] = []
+
+    async def wait_for(key: str) -> None:
+        await answers[key]
+        seen.append(key)
+        await pause()
+        seen.append("too much")
+
+    async def not_yet_begun() -> None:
+        seen.append("begun")
+
+    for key in answers:
+        runner.start(key, partial(wait_for, key))
+    run(runner)
+    runner.start("new", not_yet_begun)
+    answers["answered"].finish(1)
+    runner.settle()
+    runner.stop()
+    assert seen == ["answered"]
+    runner.resume()
+    run(runner)
+    assert seen == ["answered", "begun", "too much"]
+
+
+def test_a_resume_of_what_runs_changes_nothing(runner: Runner) -> None:
+    answer: Completion[int] = Completion()
+
+    async def work() -> None:
+        await answer
+
+    runner.start("key", work)
+    run(runner)
+    runner.resume()
+    assert not runner.ready
+    answer.finish(1)
+    run(runner)
+    assert runner.idle
 
 
 def test_a_task_that_cancels_itself_and_then_fails_at_its_end(runner: Runner) -> None:
