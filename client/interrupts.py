@@ -81,6 +81,8 @@ class Irqs:
     def __init__(self, client: IrqSetter, index: int) -> None:
         self.index = index
         self.vectors: list[EventFd] = []
+        self.masked: set[int] = set()
+        """The vectors that we have masked."""
         self._client = client
 
     async def __aenter__(self) -> Self:
@@ -106,6 +108,7 @@ class Irqs:
     async def disable(self) -> None:
         """Take back every vector (DATA_NONE, count 0)."""
         await self._set(_NO_DATA | IrqSetFlags.ACTION_TRIGGER, 0, 0)
+        self.masked.clear()
         self.close()
 
     async def disable_vector(self, vector: int) -> None:
@@ -118,9 +121,11 @@ class Irqs:
 
     async def mask(self, vector: int = 0) -> None:
         await self._set(_NO_DATA | IrqSetFlags.ACTION_MASK, vector, 1)
+        self.masked.add(vector)
 
     async def unmask(self, vector: int = 0) -> None:
         await self._set(_NO_DATA | IrqSetFlags.ACTION_UNMASK, vector, 1)
+        self.masked.discard(vector)
 
     async def trigger(self, vector: int = 0) -> None:
         """Ask the server to fire the vector (DATA_NONE), as a test of the way back."""

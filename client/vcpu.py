@@ -70,7 +70,8 @@ class Vcpus:
         """Stop: returns when no access on these connections is under way."""
         if self._ended:
             return
-        self._runs = trio.Event()
+        if self.running:  # else somebody waits for the event that is there
+            self._runs = trio.Event()
         links = tuple(links)
         while any(link.under_way for link in links):  # noqa: ASYNC110  # a link tells nobody
             await trio.sleep(_LOOK_AGAIN)

@@ -16,7 +16,8 @@ from vfio_user.client.interrupts import Irqs
 
 @dataclass(frozen=True, slots=True)
 class VmmState:
-    """`intx`, `msi` and `msix` are the numbers of vectors that have an eventfd."""
+    """`intx`, `msi` and `msix` are the numbers of vectors that have an eventfd; `msix_masked` are those that
+    the guest has masked: in the table, which the VMM watches."""
 
     command: int
     bars: tuple[Bar, ...]
@@ -24,6 +25,7 @@ class VmmState:
     resample: bool
     msi: int
     msix: int
+    msix_masked: tuple[int, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -32,7 +34,8 @@ class VmmState:
 
 def parse_vmm_state(values: Mapping[str, Any]) -> VmmState:
     """The reverse of `as_dict`. TypeError or KeyError when it is something else."""
-    return VmmState(**{**values, "bars": tuple(Bar(**bar) for bar in values["bars"])})
+    bars = tuple(Bar(**bar) for bar in values["bars"])
+    return VmmState(**{**values, "bars": bars, "msix_masked": tuple(values["msix_masked"])})
 
 
 def save_vmm(vmm: FakeVmm) -> VmmState:
@@ -43,6 +46,7 @@ def save_vmm(vmm: FakeVmm) -> VmmState:
         resample=vmm.intx.resamples,
         msi=len(vmm.msi.vectors),
         msix=len(vmm.msix.vectors),
+        msix_masked=tuple(sorted(vmm.msix.masked)),
     )
 
 
@@ -53,7 +57,9 @@ async def restore_config(vmm: FakeVmm, state: VmmState) -> None:
 
 
 async def restore_irqs(vmm: FakeVmm, state: VmmState) -> None:
-    """Give the server eventfds for the vectors that had one."""
+    """Give the server eventfds for the vectors that had one; masks first, or what is pending would fire."""
+    for vector in state.msix_masked:
+        await vmm.msix.mask(vector)
     for irqs, count in ((vmm.msi, state.msi), (vmm.msix, state.msix)):
         await _set(irqs, count)
     if state.intx:
