@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vfio_user.protocol import constants as c
 from vfio_user.protocol.values import (
+    UNSET,
     Bitmap,
     IoeventfdShadow,
     Message,
@@ -14,6 +15,7 @@ from vfio_user.protocol.values import (
     RegionCapability,
     SubRegion,
     fill,
+    fill_unset,
     require,
     widths,
 )
@@ -63,15 +65,15 @@ class DmaUnmapRequest(Message):
     address: int
     size: int
     bitmap: Bitmap | None = None
-    argsz: int = 0
+    argsz: int = UNSET
     WIDTHS = widths(u32="flags argsz", u64="address size")
 
     def __post_init__(self) -> None:
+        whole = c.DMA_UNMAP_SIZE + (c.BITMAP_SIZE + self.bitmap.size if self.bitmap else 0)
+        fill_unset(self, "argsz", min(whole, 0xFFFFFFFF))
         Message.__post_init__(self)
         wanted = bool(self.flags & c.DmaUnmapFlags.GET_DIRTY_BITMAP)
         require(wanted == (self.bitmap is not None), self, "bitmap must go with GET_DIRTY_BITMAP")
-        whole = c.DMA_UNMAP_SIZE + (c.BITMAP_SIZE + self.bitmap.size if self.bitmap else 0)
-        fill(self, "argsz", min(whole, 0xFFFFFFFF))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,16 +25,16 @@ class DirtyPagesRequest(Message):
 
     flags: int
     range: BitmapRange | None = None
-    argsz: int = 0
+    argsz: int = UNSET
     WIDTHS = widths(u32="argsz flags")
 
     def __post_init__(self) -> None:
+        whole = c.BITMAP_RANGE_SIZE + self.range.bitmap.size if self.range else 0
+        fill_unset(self, "argsz", min(c.DIRTY_PAGES_SIZE + whole, 0xFFFFFFFF))
         Message.__post_init__(self)
         require(self.flags in tuple(c.DirtyPagesFlags), self, f"flags {self.flags:#x} must be exactly one")
         wanted = self.flags == c.DirtyPagesFlags.GET_BITMAP
         require(wanted == (self.range is not None), self, "range must go with GET_BITMAP")
-        whole = c.BITMAP_RANGE_SIZE + self.range.bitmap.size if self.range else 0
-        fill(self, "argsz", min(c.DIRTY_PAGES_SIZE + whole, 0xFFFFFFFF))
 
 
 @dataclass(frozen=True, slots=True)

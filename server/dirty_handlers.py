@@ -43,6 +43,8 @@ _CONTROL_HEAD = struct.Struct("=QI4x")
 
 def dma_unmap(session: "Session", request: m.DmaUnmapRequest, fds: list[OwnedFd]) -> Answer:
     """v1 specification: "VFIO_USER_DMA_UNMAP". The flags exclude each other."""
+    if request.argsz < DMA_UNMAP_SIZE:
+        raise RemoteProtocolError(f"DMA_UNMAP: argsz {request.argsz} is below {DMA_UNMAP_SIZE}")
     return _UNMAPS[_one_of(_UNMAPS, request.flags)](session, request)
 
 

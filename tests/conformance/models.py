@@ -10,6 +10,7 @@ from vfio_user.device_models.interrupts import Interrupts
 from vfio_user.device_models.pci import Bar, Identity
 from vfio_user.device_models.pci_device import PciDevice
 from vfio_user.device_models.regions import Area, Buffer, Doorbell, RamRegion, Region
+from vfio_user.device_models.scratch import Scratch
 
 PAGE = 4096
 LARGE = 8 << 20
@@ -109,6 +110,13 @@ class OneWay(PciDevice):
 
     def reset_state(self) -> None:
         pass
+
+
+class Blind(Scratch):
+    """Writes guest memory, and says that it cannot tell where."""
+
+    model = "blind"
+    precise_dirty = False
 
 
 class _Nonsense(Region):
