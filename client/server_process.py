@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`vfio-user serve` as a real second process: started, waited for, ended, and its counters read."""
+"""`vfio-user serve` as a real second process: started, waited for, ended; its counters, its log, and what it
+holds of its clients.
+
+    async with serving("scratch", folder / "s", ["--verbose"]) as server:
+        ... a client of server.path ...
+        await server.ask_counters()
+"""
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,14 +21,25 @@ from pathlib import Path
 import trio
 
 from vfio_user.client.background import background
+from vfio_user.client.qemu.process import namespace_words
 
 _PROGRAM = "from vfio_user.cli.main import main; main()"
+_LISTENING = "listening on "
 _COUNTERS = "# counters: "
 _TAIL = 2000
+_TROUBLE = re.compile(r" (?:WARNING|ERROR|CRITICAL) | refused[: ]|Traceback|Error:")
 
 
 class ServerError(Exception):
     """The server did not start, or did not end as it should; the text has the end of its output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What a process holds: the kinds of its open descriptors (sorted), and its shared mappings by name."""
+
+    fds: tuple[str, ...]
+    mappings: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -29,7 +47,6 @@ class ServerProcess:
     """A running server. `lines` is what it has written so far besides counters, standard error among it."""
 
     popen: subprocess.Popen[bytes]
-    path: Path
     lines: list[str] = field(default_factory=list)
     _snapshots: dict[str, dict[str, int]] = field(default_factory=dict)
     _occasion: str = ""
@@ -41,10 +58,31 @@ class ServerProcess:
     def pid(self) -> int:
         return self.popen.pid
 
+    @property
+    def path(self) -> Path:
+        """Its socket, once it listens."""
+        return Path(next(line for line in self.lines if line.startswith(_LISTENING)).removeprefix(_LISTENING))
+
+    def log(self) -> str:
+        """`lines` as a text."""
+        return "\n".join(self.lines)
+
+    def trouble(self) -> list[str]:
+        """The lines that no undisturbed server writes: warnings, refused requests, errors."""
+        return [line for line in self.lines if _TROUBLE.search(line)]
+
+    def holdings(self) -> Holdings:
+        """What it holds at the moment (/proc/PID/fd and maps)."""
+        folder = Path(f"/proc/{self.pid}")
+        fds = (re.sub(r"\[?\d+\]?$", "", os.readlink(entry)) for entry in (folder / "fd").iterdir())
+        maps = (line.split(maxsplit=5) for line in (folder / "maps").read_text().splitlines())
+        return Holdings(tuple(sorted(fds)), tuple(sorted(words[-1] for words in maps if words[1][3] == "s")))
+
     async def counters(self, occasion: str, timeout: float = 5.0) -> dict[str, int]:
         """What `--stats` has printed on an occasion: "client 1 has left", "SIGUSR1", "the end".
 
-        All figures count from the server's start. ServerError when they do not come.
+        All figures count from the server's start. What was a client's is released when it has left.
+        ServerError when they do not come.
         """
         await self._wait(lambda: occasion in self._snapshots, timeout)
         if occasion not in self._snapshots:
@@ -57,11 +95,14 @@ class ServerProcess:
         self.popen.send_signal(signal.SIGUSR1)
         return await self.counters("SIGUSR1", timeout)
 
-    async def wait_line(self, start: str, timeout: float) -> None:
-        """Wait until a line begins so. ServerError when it does not come."""
-        await self._wait(lambda: any(line.startswith(start) for line in self.lines), timeout)
-        if not any(line.startswith(start) for line in self.lines):
-            raise self._error(f"the server has not said {start!r}")
+    async def wait_listening(self, timeout: float) -> None:
+        """Wait until clients can connect. ServerError when it does not come to that."""
+        await self._wait(self._listens, timeout)
+        if not self._listens():
+            raise self._error(f"the server has not said {_LISTENING!r}")
+
+    def _listens(self) -> bool:
+        return any(line.startswith(_LISTENING) for line in self.lines)
 
     async def _wait(self, done: Callable[[], bool], timeout: float) -> None:
         """Until it is done, the time is up, or there will be no more lines."""
@@ -118,7 +159,7 @@ class ServerProcess:
             self.lines.append(line)
 
     def _error(self, what: str) -> ServerError:
-        return ServerError(f"{what}\n" + "\n".join(self.lines)[-_TAIL:])
+        return ServerError(f"{what}\n{self.log()[-_TAIL:]}")
 
 
 async def _read(fd: int) -> bytes:
@@ -129,17 +170,50 @@ async def _read(fd: int) -> bytes:
             await trio.lowlevel.wait_readable(fd)
 
 
-def _start(words: Sequence[str], environment: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
+def _start(
+    words: Sequence[str], netns: str, environment: Mapping[str, str] | None
+) -> subprocess.Popen[bytes]:
     # The kernel ends it should we be killed; the interrupt key is for us alone, who then end it.
     guard = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
-    return subprocess.Popen(
-        [*guard, *words],
+    popen = subprocess.Popen(
+        [*namespace_words(netns), *guard, *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
         env=environment,
     )
+    assert popen.stdout is not None
+    os.set_blocking(popen.stdout.fileno(), False)
+    return popen
+
+
+@contextlib.asynccontextmanager
+async def started(
+    command: Sequence[str],
+    *,
+    netns: str = "",
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 20.0,
+) -> AsyncIterator[ServerProcess]:
+    """The server that `command` becomes (by exec), listening; killed at the end if it still runs. Then the
+    socket file stays: give a path in a folder of your own. `netns`: in this network namespace.
+    `environment` is this process's unless it is given.
+
+    ServerError when it does not listen within `timeout` seconds.
+    """
+    popen = _start(command, netns, environment)
+    server = ServerProcess(popen)
+    try:
+        async with background() as nursery:
+            nursery.start_soon(server.read_output)
+            await server.wait_listening(timeout)
+            yield server
+    finally:
+        popen.kill()
+        popen.wait()
+        assert popen.stdout is not None
+        popen.stdout.close()
 
 
 @contextlib.asynccontextmanager
@@ -148,26 +222,10 @@ async def serving(
     path: Path,
     words: Sequence[str] = (),
     *,
-    timeout: float = 15.0,
+    netns: str = "",
     environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[ServerProcess]:
-    """`vfio-user serve MODEL --socket-path PATH --stats WORDS`, listening; killed at the end if it still
-    runs. Then the socket file stays: give a path in a folder of your own. `environment` is this process's
-    unless it is given.
-
-    ServerError when it does not listen within `timeout` seconds.
-    """
+    """`vfio-user serve MODEL --socket-path PATH --stats WORDS`, as `started`."""
     command = [sys.executable, "-c", _PROGRAM, "serve", model, "--socket-path", str(path), "--stats", *words]
-    popen = _start(command, environment)
-    assert popen.stdout is not None
-    os.set_blocking(popen.stdout.fileno(), False)
-    server = ServerProcess(popen, path)
-    try:
-        async with background() as nursery:
-            nursery.start_soon(server.read_output)
-            await server.wait_line("listening on ", timeout)
-            yield server
-    finally:
-        popen.kill()
-        popen.wait()
-        popen.stdout.close()
+    async with started(command, netns=netns, environment=environment) as server:
+        yield server

@@ -23,8 +23,8 @@ from vfio_user.client.qemu.lab import Lab, build_lab
 from vfio_user.client.qemu.machine import Machine, open_machine
 from vfio_user.client.qemu.namespace import Namespace, open_namespace
 from vfio_user.client.qemu.paths import lab_root
-from vfio_user.client.qemu.server_process import ServerProcess, open_server
 from vfio_user.client.qemu.shell import LabError
+from vfio_user.client.server_process import ServerProcess, serving
 
 GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]
 Serve = Callable[..., AbstractAsyncContextManager[ServerProcess]]
@@ -124,15 +124,17 @@ def serve(socket_folder: Path) -> Serve:
     """
 
     @contextlib.asynccontextmanager
-    async def start(*words: str, netns: str = "", name: str = "server") -> AsyncIterator[ServerProcess]:
-        async with open_server(words, socket_folder, name, netns) as server:
+    async def start(
+        model: str, *words: str, netns: str = "", name: str = "server"
+    ) -> AsyncIterator[ServerProcess]:
+        path = socket_folder / f"{name}.socket"
+        async with serving(model, path, [*words, "--verbose"], netns=netns) as server:
             try:
                 yield server
             except BaseException:
                 print(f"{name} wrote:\n{server.log()[-4000:]}")
                 raise
-            assert await server.stop() == 0
-            assert not os.path.lexists(server.path)  # noqa: ASYNC240
+            await server.stop()
             assert server.trouble() == []
 
     return start

@@ -12,7 +12,7 @@ import pytest
 from vfio_user.client.client import open_client
 from vfio_user.client.qemu.command import MachineOptions, VfioUserDevice
 from vfio_user.client.qemu.machine import Machine
-from vfio_user.client.qemu.server_process import ServerProcess
+from vfio_user.client.server_process import ServerProcess
 from vfio_user.protocol.constants import PciRegion
 
 GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]

@@ -13,8 +13,8 @@ from vfio_user.client.fake_vmm import open_vmm
 from vfio_user.client.qemu.command import Chipset, MachineOptions, VfioUserDevice
 from vfio_user.client.qemu.machine import Machine
 from vfio_user.client.qemu.namespace import Namespace
-from vfio_user.client.qemu.server_process import ServerProcess
 from vfio_user.client.qemu.traffic import GUEST_FILES, Wire, bring_up, counts, flood
+from vfio_user.client.server_process import ServerProcess
 
 GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]
 Serve = Callable[..., AbstractAsyncContextManager[ServerProcess]]
@@ -45,10 +45,10 @@ async def test_killed_powered_off_and_booted_again(
                 async with in_full_flood(guest, namespace, server):
                     assert_attached(server, mapped)
                     await end(guest, killed=(number % 2 == 0) == mapped)
-                await server.wait_clients_left(number + 1)
+                await server.counters(f"client {number + 1} has left", 10)
             assert server.holdings() == alone
         await check_ours(server)
-    assert server.reports()[-1]["clients_served"] == COUNTS.guests + 1
+    assert (await server.counters("the end"))["clients_served"] == COUNTS.guests + 1
 
 
 async def end(guest: Machine, *, killed: bool) -> None:
@@ -62,11 +62,11 @@ async def end(guest: Machine, *, killed: bool) -> None:
 @contextlib.asynccontextmanager
 async def in_full_flood(guest: Machine, namespace: Namespace, server: ServerProcess) -> AsyncIterator[None]:
     """Inside the block frames are passing both ways, until the guest ends."""
-    before = await server.counters()
+    before = await server.ask_counters()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(flood, Wire(guest, namespace, HOST))
         with trio.fail_after(20):
-            while not grown_by(before, await server.counters(), 2_000_000):  # noqa: ASYNC110
+            while not grown_by(before, await server.ask_counters(), 2_000_000):  # noqa: ASYNC110
                 await trio.sleep(0.01)
         yield
 

@@ -10,8 +10,8 @@ import trio
 from vfio_user.client.qemu.command import Chipset, MachineOptions, VfioUserDevice
 from vfio_user.client.qemu.machine import Machine
 from vfio_user.client.qemu.namespace import Namespace
-from vfio_user.client.qemu.server_process import ServerProcess
 from vfio_user.client.qemu.traffic import GUEST_FILES, Wire, bring_up, counts, ping
+from vfio_user.client.server_process import ServerProcess
 
 GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]
 Serve = Callable[..., AbstractAsyncContextManager[ServerProcess]]
@@ -51,7 +51,7 @@ async def test_both_work_at_once(
                     wire = Wire(guest, namespace, f"10.9.{number}.1")
                     nursery.start_soon(wire.both, COUNTS.pair_rounds, TRANSFER_LIMIT)
             for server in (first, second):
-                counters = await server.counters()
+                counters = await server.ask_counters()
                 payload = COUNTS.pair_rounds * 1_000_000
                 assert min(counters["net_sent_bytes"], counters["net_received_bytes"]) > payload
 

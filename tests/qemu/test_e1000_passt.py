@@ -10,8 +10,8 @@ import pytest
 from vfio_user.client.qemu.command import Chipset, MachineOptions, VfioUserDevice
 from vfio_user.client.qemu.machine import Machine
 from vfio_user.client.qemu.namespace import Namespace
-from vfio_user.client.qemu.server_process import ServerProcess
 from vfio_user.client.qemu.traffic import GUEST_FILES, Wire, bring_up, counts, ping
+from vfio_user.client.server_process import ServerProcess
 
 GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]
 Serve = Callable[..., AbstractAsyncContextManager[ServerProcess]]
@@ -52,6 +52,6 @@ async def test_traffic_through_passt(
             await guest.check(f"ip route add default via {GATEWAY}")
             await ping(guest, ELSEWHERE, COUNTS.pings)
             await Wire(guest, namespace, GATEWAY, "127.0.0.1", SOCKET_OPTIONS).both(COUNTS.rounds)
-            counters = await server.counters()
+            counters = await server.ask_counters()
             way = "mapped" if mapped else "message"
             assert counters[f"dma_{way}_write_bytes"] > COUNTS.rounds * 1_000_000

@@ -17,8 +17,8 @@ import trio
 from vfio_user.client.qemu.command import Chipset, MachineOptions, VfioUserDevice
 from vfio_user.client.qemu.machine import Machine
 from vfio_user.client.qemu.namespace import Namespace
-from vfio_user.client.qemu.server_process import ServerProcess
 from vfio_user.client.qemu.traffic import bring_up, ping
+from vfio_user.client.server_process import ServerProcess
 
 GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]
 Serve = Callable[..., AbstractAsyncContextManager[ServerProcess]]
@@ -47,7 +47,7 @@ async def test_all_five_pass(
             assert "The test result is PASS" in report
             assert "testing unshared interrupt" in await guest.kernel_log()
             # The 640 frames of the loopback test never came to the wire.
-            counters = await server.counters()
+            counters = await server.ask_counters()
             assert counters["net_sent_frames"] < 100
             assert counters["net_received_frames"] > 1000
             await bring_up(guest)

@@ -9,8 +9,8 @@ import pytest
 from vfio_user.client.qemu.command import Chipset, MachineOptions, VfioUserDevice
 from vfio_user.client.qemu.machine import Machine
 from vfio_user.client.qemu.namespace import Namespace
-from vfio_user.client.qemu.server_process import ServerProcess
 from vfio_user.client.qemu.traffic import GUEST_FILES, Wire, bring_up, counts, ping, wait_carrier
+from vfio_user.client.server_process import ServerProcess
 
 GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]
 Serve = Callable[..., AbstractAsyncContextManager[ServerProcess]]
@@ -38,14 +38,14 @@ async def test_traffic(
             await ping(guest, HOST, COUNTS.pings)
             await wire.both(COUNTS.rounds)
             await check_statistics(guest, server)
-            check_way(await server.counters(), mapped)
+            check_way(await server.ask_counters(), mapped)
             await check_ipv6(guest, namespace)
             await check_sizes(guest, namespace, server)
             await guest.reboot()
             await bring_up(guest, GUEST)
             await ping(guest, HOST, COUNTS.pings)
             check_kernel_log(await guest.kernel_log())
-    assert server.reports()[-1]["clients_served"] == 1
+    assert (await server.counters("the end"))["clients_served"] == 1
 
 
 async def check_statistics(guest: Machine, server: ServerProcess) -> None:
@@ -65,9 +65,9 @@ async def counters_at_rest(
 ) -> tuple[Mapping[str, int], Mapping[str, int]]:
     """The server's counters and the driver's, read while no frame passed."""
     for _ in range(20):
-        before = await server.counters()
+        before = await server.ask_counters()
         driver = await driver_statistics(guest)
-        after = await server.counters()
+        after = await server.ask_counters()
         if all(before[name] == after[name] for name in ("net_sent_frames", "net_received_frames")):
             return after, driver
     pytest.fail("the wire is never at rest")
@@ -99,9 +99,9 @@ async def check_ipv6(guest: Machine, namespace: Namespace) -> None:
 async def check_sizes(guest: Machine, namespace: Namespace, server: ServerProcess) -> None:
     """An odd segment size over IPv4 and IPv6, then jumbo frames."""
     for address in (HOST, HOST6):
-        before = await server.counters()
+        before = await server.ask_counters()
         await Wire(guest, namespace, address, options="mss=1111").both(COUNTS.short_rounds)
-        sent, received = mean_sizes(before, await server.counters())
+        sent, received = mean_sizes(before, await server.ask_counters())
         assert 900 < sent < 1111 + 74
         assert 600 < received < 1111 + 74  # the other way's acknowledgements are among them
     namespace.ip("link set t0 mtu 9000")
@@ -109,9 +109,9 @@ async def check_sizes(guest: Machine, namespace: Namespace, server: ServerProces
     await wait_carrier(guest)
     await ping(guest, HOST, COUNTS.pings, size=8972)
     for address in (HOST, HOST6):
-        before = await server.counters()
+        before = await server.ask_counters()
         await Wire(guest, namespace, address).both(COUNTS.short_rounds)
-        assert min(mean_sizes(before, await server.counters())) > 2000
+        assert min(mean_sizes(before, await server.ask_counters())) > 2000
     namespace.ip("link set t0 mtu 1500")
 
 

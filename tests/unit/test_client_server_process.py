@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vfio_user.client.errors import RemoteError
 from vfio_user.client.fake_vmm import VmmOptions, open_vmm
 from vfio_user.client.server_process import ServerError, serving
 
@@ -24,6 +25,20 @@ async def test_counters_of_every_client(tmp_path: Path) -> None:
         assert (await server.ask_counters())["irqs_intx"] == 2
         assert (await server.stop())["clients_served"] == 2
     assert not server.path.exists()
+
+
+async def test_what_it_holds_and_what_it_complains_of(tmp_path: Path) -> None:
+    async with serving("scratch", tmp_path / "s", ["-vv"]) as server:
+        alone = server.holdings()
+        async with open_vmm(server.path, VmmOptions(((0, 0x10000),))) as vmm:
+            assert any("memfd" in name for name in server.holdings().mappings)
+            assert server.trouble() == []
+            with pytest.raises(RemoteError, match="EINVAL"):
+                await vmm.client.region_read(99, 0, 4)
+        await server.counters("client 1 has left")
+        assert server.holdings() == alone
+        (line,) = server.trouble()
+        assert "REGION_READ refused" in line
 
 
 async def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
