@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One migration engine for both editions: it walks the states of `protocol.migration` and owns the stream.
 
-Every change of state is complete when it returns, and waits for nobody: what the device has under way is
-cut, and is begun anew where the device goes on.
+Every change of state is complete when it returns, and waits for nobody: what the device has under way
+stands still, and goes on or is begun anew where the device goes on.
 
 When a step fails:
 
