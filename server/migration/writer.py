@@ -104,14 +104,21 @@ class StreamWriter:
 
     def _produce(self) -> bool:
         """Put one more record into the queue, if there is anything to say."""
+        if self._next_block():
+            return True
+        if not self._finishing or self._ended:
+            return False
+        self._settle()  # which may write to a memory
+        if not self._next_block():
+            self._end()
+        return True
+
+    def _next_block(self) -> bool:
         for name, memory in self._memories.items():
             piece = memory.take(BLOCK)
             if piece is not None:
                 self._block(name, memory.view, *piece)
                 return True
-        if self._finishing and not self._ended:
-            self._end()
-            return True
         return False
 
     def _block(self, name: str, view: memoryview, offset: int, length: int) -> None:
@@ -124,7 +131,6 @@ class StreamWriter:
             self._record(Kind.MEMORY, name, MEMORY.pack(offset), data)
 
     def _end(self) -> None:
-        self._settle()
         for name, version, payload in self._sections():
             self._record(Kind.SECTION, name, payload, version=version)
         head = RECORD.pack(Kind.END, 0, 0, END.size) + END.pack(self._records, bytes(_DIGEST))[:-_DIGEST]

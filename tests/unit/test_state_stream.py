@@ -231,6 +231,27 @@ def test_a_page_that_changes_in_the_middle_of_a_record_is_sent_again() -> None:
     assert bytes(restore(data, make()).memories["bar2"][:8192]) == b"\1" * 4096 + b"\3" + b"\1" * 4095
 
 
+def test_what_late_replies_change_is_in_the_stream() -> None:
+    """Tasks take note of replies before the sections are saved: in registers, and in the memory too."""
+    device = make()
+    device.regions[2].write(0, b"early")
+    replies = [b"late"]
+
+    def settle() -> None:
+        while replies:
+            device.regions[0].write(0, b"note")
+            device.regions[2].write(2 * BLOCK, replies.pop())
+
+    writer = StreamWriter(device, settle)
+    writer.finish()
+    data = b"".join(map(bytes, writer.take(1 << 20)))
+    assert writer.pending == 0
+    writer.close()
+    staged = restore(data, make())
+    assert staged.sections == save_sections(device.sections())
+    assert bytes(staged.memories["bar2"][2 * BLOCK : 2 * BLOCK + 4]) == b"late"
+
+
 def test_the_memory_is_not_watched_after_the_session() -> None:
     device = make()
     writer = StreamWriter(device)
