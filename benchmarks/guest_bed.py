@@ -20,13 +20,14 @@ from typing import Any
 
 import trio
 
-from vfio_user.benchmarks.network import Nic, inside, ip, namespace_with
+from vfio_user.benchmarks.network import Nic, namespace_with
 from vfio_user.benchmarks.processes import BenchmarkError, compiled, our_server, server_process
 from vfio_user.benchmarks.statistics import percentile
 from vfio_user.client.qemu.command import MachineOptions, VfioUserDevice
 from vfio_user.client.qemu.lab import Lab
 from vfio_user.client.qemu.machine import Machine, open_machine
-from vfio_user.client.qemu.process import running
+from vfio_user.client.qemu.namespace import Namespace
+from vfio_user.client.qemu.process import namespace_words, running
 
 BEST_POLICY = ("itr=2000",)
 OURS, BEST, BUILT_IN = Nic("ours", 1, ()), Nic("best", 2, BEST_POLICY), Nic("built-in", 3, None)
@@ -36,6 +37,7 @@ _BUILT_IN_SLOT = "6"  # a free one with an interrupt line of its own (client/qem
 RR_PORT, PAYLOAD_PORT = 5300, 5400
 PAYLOAD_SIZE = 16 << 20
 _PAYLOAD = "/payload"
+_PROGRAMS = ("ip", "sysctl", "nsenter", "setpriv", "iperf3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Bed:
     """The booted guest, its NICs' names in it, and the namespace of the other end."""
 
     guest: Machine
-    namespace: str
+    namespace: Namespace
     names: dict[str, str]
     payload: Path
     digest: str
@@ -87,7 +89,7 @@ class Bed:
 
     async def set_mtu(self, nic: Nic, mtu: int) -> None:
         """On both ends; returns when frames pass again."""
-        ip(self.namespace, "link", "set", nic.tap, "mtu", str(mtu))
+        self.namespace.ip(f"link set {nic.tap} mtu {mtu}")
         await self.guest.check(f"ip link set {self.names[nic.key]} mtu {mtu}")
         await self.wait_link(nic)
 
@@ -104,7 +106,7 @@ class Bed:
         words = [sys.executable, "-m", "vfio_user.benchmarks.payload", str(PAYLOAD_PORT), str(shape.mss)]
         words += ["send", str(self.payload)] if incoming else ["receive"]
         log = self.payload.with_name(f"payload-{nic.key}-{time.monotonic_ns()}.log")
-        async with running(words, log, netns=self.namespace) as host_end:
+        async with running(words, log, netns=self.namespace.name) as host_end:
             output = await self.guest.check(command, timeout=60)
             with trio.move_on_after(30):
                 await host_end.wait()
@@ -137,11 +139,11 @@ async def open_bed(lab: Lab, folder: Path) -> AsyncIterator[Bed]:
         namespace = stack.enter_context(namespace_with(NICS))
         devices = [_serve(stack, nic, namespace, folder) for nic in NICS if nic.options is not None]
         for name, words in _helpers(program).items():
-            await stack.enter_async_context(running(words, folder / f"{name}.log", netns=namespace))
+            await stack.enter_async_context(running(words, folder / f"{name}.log", netns=namespace.name))
         options = MachineOptions(
             memory_mib=384,
             devices=devices,
-            netns=namespace,
+            netns=namespace.name,
             extra=_built_in_words(BUILT_IN),
             files={"usr/bin/tcp_rr": program, _PAYLOAD.lstrip("/"): payload_path},
         )
@@ -157,15 +159,15 @@ def _require(lab: Lab) -> None:
     """BenchmarkError or LabError says what is missing and how to get it."""
     if os.geteuid() != 0:
         raise BenchmarkError("network namespaces and TAPs need root: run it as root")
-    if missing := [name for name in ("ip", "nsenter", "setpriv", "iperf3") if shutil.which(name) is None]:
-        raise BenchmarkError(f"no {', '.join(missing)}: apt-get install iproute2 util-linux iperf3")
+    if missing := [name for name in _PROGRAMS if shutil.which(name) is None]:
+        raise BenchmarkError(f"no {', '.join(missing)}: apt-get install iproute2 procps util-linux iperf3")
     assert all(path.is_file() for path in (lab.qemu.program, lab.kernel, lab.initrd))
 
 
-def _serve(stack: contextlib.AsyncExitStack, nic: Nic, namespace: str, folder: Path) -> VfioUserDevice:
+def _serve(stack: contextlib.AsyncExitStack, nic: Nic, namespace: Namespace, folder: Path) -> VfioUserDevice:
     settings = [word for option in (f"mac={nic.mac}", *(nic.options or ())) for word in ("--set", option)]
     words = our_server("e1000", "--net", f"tap:{nic.tap}", *settings)
-    process = stack.enter_context(server_process(nic.key, words, folder, inside(namespace)))
+    process = stack.enter_context(server_process(nic.key, words, folder, namespace_words(namespace.name)))
     process.connect().close()  # it listens
     return VfioUserDevice(process.socket_path, id=nic.key)
 

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A network namespace of our own, with a TAP for each NIC: nothing here touches the machine's network."""
+"""The guest's NICs and the network of each, in a namespace of our own."""
 
 import contextlib
 import os
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vfio_user.benchmarks.processes import BenchmarkError
+from vfio_user.client.qemu.namespace import Namespace, open_namespace
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,35 +38,11 @@ class Nic:
         return self.addresses(1)[1]
 
 
-def inside(namespace: str) -> list[str]:
-    """Prefix that runs a command in the namespace; it execs, so the pid stays."""
-    return ["nsenter", f"--net=/run/netns/{namespace}", "--"]
-
-
-def ip(namespace: str, *words: str) -> None:
-    """`ip` in the namespace. BenchmarkError with its own words when it fails."""
-    _run(["ip", "-netns", namespace, *words])
-
-
-def _run(words: Sequence[str]) -> None:
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        raise BenchmarkError(f"{' '.join(words)}: {done.stderr.strip()}")
-
-
 @contextlib.contextmanager
-def namespace_with(nics: Sequence[Nic]) -> Iterator[str]:
-    """The name of a namespace with the TAPs of all NICs up and addressed; gone when the block is left."""
-    name = f"vfio-user-bench-{os.getpid()}"
-    _run(["ip", "netns", "add", name])
-    try:
-        ip(name, "link", "set", "lo", "up")
+def namespace_with(nics: Sequence[Nic]) -> Iterator[Namespace]:
+    """A namespace with the TAPs of all NICs up and addressed; gone when the block is left."""
+    with open_namespace(f"vfio-user-bench-{os.getpid()}") as namespace:
         for nic in nics:
-            ip(name, "tuntap", "add", nic.tap, "mode", "tap")
-            v4, v6 = nic.addresses(1)
-            ip(name, "addr", "add", f"{v4}/24", "dev", nic.tap)
-            ip(name, "addr", "add", f"{v6}/64", "dev", nic.tap, "nodad")
-            ip(name, "link", "set", nic.tap, "up")
-        yield name
-    finally:
-        _run(["ip", "netns", "delete", name])
+            namespace.add_tap(nic.tap, f"{nic.host4}/24")
+            namespace.add_ipv6(nic.tap, f"{nic.host6}/64")
+        yield namespace

@@ -9,7 +9,7 @@ import ctypes
 import os
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +31,8 @@ class Namespace:
     name: str
 
     def run(self, *words: str) -> str:
-        """A program in it that must succeed; its output."""
-        command = [*namespace_words(self.name), *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise OSError(f"{' '.join(words)}: status {done.returncode}: {done.stderr.strip()}")
-        return done.stdout
+        """A program in it that must succeed; its output. OSError with its own words when it does not."""
+        return _run([*namespace_words(self.name), *words])
 
     def ip(self, words: str) -> str:
         """`ip` with a line of arguments."""
@@ -101,13 +97,20 @@ class Namespace:
         return any(row[3] == _LISTENING and row[-1] == str(path) for row in rows)
 
 
+def _run(words: Sequence[str]) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{' '.join(words)}: status {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
 @contextlib.contextmanager
 def open_namespace(name: str) -> Iterator[Namespace]:
-    """A new namespace with `lo` up; deleted at the end."""
-    subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True)
+    """A new namespace with `lo` up; deleted at the end. OSError when it cannot be made."""
+    _run(["ip", "netns", "add", name])
     try:
         namespace = Namespace(name)
         namespace.ip("link set lo up")
         yield namespace
     finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True, capture_output=True)
+        _run(["ip", "netns", "delete", name])
