@@ -32,7 +32,7 @@ class Where(Enum):
 
     SOURCE = "source"
     DESTINATION = "destination"
-    BETWEEN = "between them"
+    FILE = "file"
     HERE = "the migration itself"
 
 
