@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 # make test: reduced counts; make soak: the full ones
 export VFIO_USER_SOAK ?=
 
-.PHONY: help demo test lint unit qemu soak bench lab clean
+.PHONY: help demo test lint unit tests qemu soak bench lab clean
 
 help:
 	@echo "make demo   see it work: an e1000 driven and moved under load, and a guest where QEMU is found"
 	@echo "            make demo PLOT=run.svg draws the migrations too"
 	@echo "make test   everything: lint, types, unit, conformance, and QEMU with a real guest (as root)"
 	@echo "make lint   ruff and mypy --strict"
-	@echo "make unit   lint, unit and conformance tests only: no lab, no root"
+	@echo "make unit   lint, unit and conformance tests only: without root, and without what the lab is for"
 	@echo "make soak   the end-to-end tests with the full counts"
 	@echo "make bench  the table of ratios beside the marks"
 	@echo "make lab    QEMU, guest and libvfio-user into the cache folder"
@@ -48,7 +48,9 @@ lint: $(VENV)/.test
 	@echo "== mypy --strict"
 	@$(BIN)/mypy
 
-unit: lint
+unit: lint tests
+
+tests: $(VENV)/.test
 	@echo "== unit and conformance tests"
 	@$(BIN)/coverage run -m pytest tests/unit tests/conformance
 	@$(BIN)/coverage report --skip-covered | tail -n 40
@@ -60,10 +62,10 @@ qemu: $(VENV)/.test
 	@echo "== QEMU with a real guest"
 	@$(BIN)/python -m pytest tests/qemu
 
-test: unit
+test: lint
 	@echo "== the lab: QEMU, guest, libvfio-user (cached; the first time takes a few minutes)"
 	@$(BIN)/vfio-user lab || { [ "$(CI)" != true ] || exit 1; echo "No lab: what needs it is skipped below."; }
-	@$(MAKE) --no-print-directory qemu
+	@$(MAKE) --no-print-directory tests qemu
 
 soak: $(VENV)/.test
 	@$(BIN)/vfio-user lab

@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 from vfio_user.device_models.device import Device, IrqIndex
 from vfio_user.device_models.regions import Area, Region
-from vfio_user.protocol.constants import SCM_MAX_FD
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.server.engines import libvfio_user_abi as abi
 from vfio_user.server.engines.libvfio_user_context import Context, RegionAccess
 from vfio_user.server.engines.libvfio_user_host import LibraryHost
+
+DOORBELLS = 16
+"""Eventfds of a region: as many as QEMU takes in a message. The library does not mind the client's limit."""
 
 
 class Callbacks:
@@ -46,10 +48,9 @@ class Callbacks:
         if region.memory is not None and region.mmap_areas:
             fd = self._host.memory_fd(region.memory)
             areas = region.mmap_areas if region.mmap_areas != (Area(0, region.size),) else ()
-        self._context.setup_region(
-            index, region.size, self._accessor(index, region), _flags(index), areas, fd
-        )
-        offer = self._host.ioeventfds.offer(index, SCM_MAX_FD)
+        access, flags = self._accessor(index, region), _flags(index, region)
+        self._context.setup_region(index, region.size, access, flags, areas, fd)
+        offer = self._host.ioeventfds.offer(index, DOORBELLS)
         for sub_region in reversed(offer.sub_regions):  # the library puts each before those that it has
             self._context.create_ioeventfd(index, offer.fds[sub_region.fd_index], sub_region)
 
@@ -97,7 +98,8 @@ class Callbacks:
         self._device.reset()
 
 
-def _flags(index: int) -> abi.RegionFlag:
-    """Both directions for the configuration space, as the library demands; `region_access` refuses."""
-    both = abi.RegionFlag.READ | abi.RegionFlag.WRITE
-    return both | (abi.RegionFlag.ALWAYS_CB if index == abi.CONFIG_REGION else abi.RegionFlag.MEM)
+def _flags(index: int, region: Region) -> abi.RegionFlag:
+    """The library only announces the directions: `region_access` refuses."""
+    if index == abi.CONFIG_REGION:
+        return abi.RegionFlag.READ | abi.RegionFlag.WRITE | abi.RegionFlag.ALWAYS_CB
+    return abi.RegionFlag.MEM | abi.RegionFlag.READ * region.readable | abi.RegionFlag.WRITE * region.writable

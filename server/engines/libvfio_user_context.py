@@ -16,6 +16,7 @@ from vfio_user.protocol.messages import Ioeventfd
 from vfio_user.server.engines import libvfio_user_abi as abi
 from vfio_user.server.engines.libvfio_user_guard import Guard
 from vfio_user.server.engines.libvfio_user_library import Library
+from vfio_user.transport.listener import BACKLOG
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Context:
         self._run_ctx = self._call["vfu_run_ctx"]
         self._sg = ctypes.create_string_buffer(self._call["dma_sg_size"]())
         self._setup_log()
+        self._let_clients_wait()
 
     def destroy(self) -> None:
         """Release everything; a client that is there is told of by the callbacks of the loss of a client."""
@@ -50,6 +52,11 @@ class Context:
             self._call["vfu_destroy_ctx"](pointer)
 
     # Setting up
+
+    def _let_clients_wait(self) -> None:
+        """The library listens with a backlog of 0: a second client that waits would not even connect."""
+        with socket.socket(fileno=os.dup(self.poll_fd())) as listener:
+            listener.listen(BACKLOG)
 
     def _setup_log(self) -> None:
         level = abi.LogLevel.INFO if logger.isEnabledFor(logging.DEBUG) else abi.LogLevel.CRIT

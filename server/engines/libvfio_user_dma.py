@@ -114,33 +114,43 @@ class LibraryDma:
 
     def send_dma_read(self, address: int, count: int, completion: Completion[Buffer]) -> None:
         """DMA_READ: see `message_dma.DmaSender`. The reply is there when this returns."""
-        self._warn()
+        self._check(address, count)
         try:
             data = self._context.read(address, count)
         except OSError as error:
-            raise self._failed(error) from error
-        completion.finish(data)
+            self._failed(error)
+        else:
+            completion.finish(data)
 
     def send_dma_write(self, address: int, data: Buffer, completion: Completion[int]) -> None:
         """DMA_WRITE: see `message_dma.DmaSender`. The reply is there when this returns."""
-        self._warn()
+        self._check(address, len(data))
         try:
             self._context.write(address, data)
         except OSError as error:
-            raise self._failed(error) from error
-        completion.finish(len(data))
+            self._failed(error)
+        else:
+            completion.finish(len(data))
 
     def take_lost(self) -> int:
         """The errno, once, when the library has taken another message for the reply: the stream is lost."""
         lost, self._lost = self._lost, 0
         return lost
 
-    def _failed(self, error: OSError) -> DeviceError:
+    def _failed(self, error: OSError) -> None:
+        """Raise, unless the client has been lost: its task has been cut then, and ends at this await."""
         if error.errno == errno.EPROTO:
             self._lost = errno.EPROTO
-        return DeviceError(f"DMA by message: {error.strerror}", error.errno)
+        if error.errno != errno.ENOTCONN:
+            raise DeviceError(f"DMA by message: {error.strerror}", error.errno) from error
 
-    def _warn(self) -> None:
+    def _check(self, address: int, length: int) -> None:
+        region = self._table.find(address)
+        if self._context.abi is abi.Abi.V1 and region is not None and region.address != address:
+            raise DeviceError(
+                f"{length} bytes at {address:#x}: libvfio-user before July 2023 accesses the start of the "
+                "region instead"
+            )
         if not self._warned:
             self._warned = True
             logger.warning(

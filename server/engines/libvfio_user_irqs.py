@@ -76,8 +76,9 @@ class LibraryIrqs:
                 self._deliver(vector)
 
     def change_state(self, index: IrqIndex, start: int, count: int, masked: bool) -> None:
-        """The client has masked or unmasked vectors."""
-        vectors = {(index, vector) for vector in range(start, start + count)}
+        """The client has masked or unmasked vectors; v1 lets a sum of start and count pass that wraps."""
+        end = min(start + count, self._counts.get(index, 0))
+        vectors = {(index, vector) for vector in range(start, end)}
         if masked:
             self._masked |= vectors
             return

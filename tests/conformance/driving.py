@@ -7,7 +7,8 @@ from typing import Any
 import trio
 
 from conformance import wire
-from conformance.raw import PATIENCE, Answer, RawClient
+from conformance.patience import in_time
+from conformance.raw import Answer, RawClient
 
 PAGE = 4096
 SOURCE, DOORBELL, STATUS = 0xFE0, 0xFF8, 0xFFC
@@ -33,6 +34,26 @@ async def enable_bus_master(raw: RawClient) -> None:
     assert (await raw.call(wire.REGION_WRITE, body)).ok
 
 
+CAPABILITIES, MSI, MSIX = 0x34, 0x05, 0x11
+_ENABLE = {wire.MSI: (MSI, 0x0001), wire.MSIX: (MSIX, 0x8000)}
+
+
+async def switch_interrupts(raw: RawClient, index: int, on: bool) -> None:
+    """Do to the configuration space what a driver does when it begins or ends to use MSI or MSI-X."""
+    wanted, bit = _ENABLE[index]
+    place = await _config_read(raw, CAPABILITIES, 1)
+    while await _config_read(raw, place, 1) != wanted:
+        place = await _config_read(raw, place + 1, 1)
+    control = await _config_read(raw, place + 2, 2)
+    value = (control & ~bit | bit * on).to_bytes(2, "little")
+    assert (await raw.call(wire.REGION_WRITE, wire.region_write(wire.CONFIG, place + 2, value))).ok
+
+
+async def _config_read(raw: RawClient, offset: int, count: int) -> int:
+    reply = (await raw.call(wire.REGION_READ, wire.region_read(wire.CONFIG, offset, count))).ok
+    return int.from_bytes(reply[16:], "little")
+
+
 async def map_private(raw: RawClient, address: int, size: int, flags: int = 3) -> None:
     """Memory without a descriptor: DMA goes by message."""
     assert (await raw.call(wire.DMA_MAP, wire.dma_map(address, size, 0, flags))).ok == b""
@@ -47,7 +68,7 @@ async def start_copy(raw: RawClient, source: int, destination: int, length: int)
 
 async def finished(raw: RawClient) -> int:
     """The status register once the device is no longer busy."""
-    with trio.fail_after(PATIENCE):
+    with in_time():
         while (status := await read_word(raw, STATUS)) & BUSY:  # noqa: ASYNC110  # nobody tells
             await trio.sleep(0.001)
     return status

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import trio
 
-PATIENCE = 10.0
+from conformance import patience
+
 _LIBRARIES = (".so", ".cache", "locale-archive")
 
 
@@ -39,7 +40,7 @@ def _mapped_files(pid: int) -> Counter[str]:
 
 async def expect_holdings(pid: int, before: Counter[str]) -> None:
     """The process lets go of everything but `before`, soon."""
-    with trio.move_on_after(PATIENCE):
+    with trio.move_on_after(patience.seconds):
         while holdings(pid) != before:  # noqa: ASYNC110  # nobody tells
             await trio.sleep(0.002)
         return

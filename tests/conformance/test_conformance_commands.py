@@ -14,6 +14,7 @@ from conformance.raw import RawClient, connect
 from vfio_user.device_models.catalog import MODELS, load_model
 
 U64 = (1 << 64) - 1
+RAISES = 0x04  # the register of the faulty device that does
 
 
 # "Commands": each is answered
@@ -36,8 +37,37 @@ async def test_every_model_answers_every_command(serve: Serve, model: str) -> No
 
 @pytest.mark.parametrize("command", [0, 19, 20, 255, 0xFFFF])
 async def test_an_unknown_command_is_refused_and_the_connection_stays(raw: RawClient, command: int) -> None:
-    assert (await raw.call(command, b"any body")).errno == errno.ENOSYS
+    """The specification names no errno for it."""
+    assert (await raw.call(command, b"any body")).errno in (errno.ENOSYS, errno.EINVAL)
     await raw.expect_alive()
+
+
+REFUSED = {
+    wire.DMA_MAP: wire.dma_map(0, 0x1000, flags=0x80),
+    wire.DMA_UNMAP: wire.dma_unmap(0x10000, 0x1000),
+    wire.GET_INFO: wire.get_info(0),
+    wire.GET_REGION_INFO: wire.get_region_info(0xFFFF),
+    wire.SET_IRQS: wire.set_irqs(wire.INTX, 0, 0, 0),
+    wire.REGION_READ: wire.region_read(0, 0, 5000),
+    wire.REGION_WRITE: wire.region_write(0, 4096, b"word"),
+    99: b"body",
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+async def test_an_error_reply_is_the_header_alone(raw: RawClient, command: int) -> None:
+    answer = await raw.call(command, REFUSED[command])
+    assert (answer.flags, answer.body) == (wire.REPLY | wire.ERROR, b"")
+
+
+async def test_the_reply_to_an_access_that_fails_is_the_header_alone(faulty: Served) -> None:
+    async with connect(faulty.path) as raw:
+        for command, body in (
+            (wire.REGION_READ, wire.region_read(0, RAISES, 4)),
+            (wire.REGION_WRITE, wire.region_write(0, RAISES, b"word")),
+        ):
+            answer = await raw.call(command, body)
+            assert (answer.flags, answer.body) == (wire.REPLY | wire.ERROR, b"")
 
 
 @pytest.mark.parametrize("command", [wire.DMA_READ, wire.DMA_WRITE])

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
-import trio
-import trio.testing
 
 from conformance import wire
 from conformance.engines import Served
@@ -41,7 +39,7 @@ async def fires(raw: RawClient, fd: int, index: int = wire.INTX) -> bool:
 async def send_slowly(raw: RawClient, pieces: Sequence[bytes]) -> None:
     for piece in pieces:
         await raw.send(piece)
-        await trio.testing.wait_all_tasks_blocked()
+        await raw.taken()
 
 
 # Messages in pieces
@@ -90,7 +88,7 @@ async def test_a_huge_message_that_is_refused_does_not_disturb_the_next_one(raw:
     body = wire.region_write(0, 0, bytes(1 << 20))
     assert (await raw.call(wire.REGION_WRITE, body)).errno == errno.EINVAL
     await raw.send(wire.message(99, bytes(SIZE_LIMIT - 16)) + wire.message(wire.GET_INFO, wire.get_info()))
-    assert (await raw.receive()).errno == errno.ENOSYS
+    assert (await raw.receive()).errno in (errno.ENOSYS, errno.EINVAL)
     assert (await raw.receive()).ok
 
 
@@ -126,7 +124,9 @@ async def test_a_descriptor_may_come_with_any_byte_of_its_message(raw: RawClient
     with eventfds(1) as fds:
         if place:
             await raw.send(request[:place])
+            await raw.taken()
         await raw.send(request[place : place + 1], fds)
+        await raw.taken()
         await raw.send(request[place + 1 :])
         assert (await raw.receive()).ok == b""
         assert await fires(raw, fds[0])
@@ -137,6 +137,7 @@ async def test_descriptors_may_come_in_two_parts(raw: RawClient) -> None:
     request = wire.message(wire.DMA_MAP, wire.dma_map(0x1000, 0x1000))
     with eventfds(2) as fds:
         await raw.send(request[:16], fds[:1])
+        await raw.taken()
         await raw.send(request[16:], fds[1:])
         assert (await raw.receive()).errno == errno.EINVAL
     await raw.expect_alive()

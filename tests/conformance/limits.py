@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The tests that show what the libvfio-user engine cannot do: expected to fail, strictly.
+
+By the names of `server/engines/libvfio_user_limits.py`: every row there has tests here, or is shown
+elsewhere (`ELSEWHERE`).
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vfio_user.client.qemu.libvfio import LIBRARY
+from vfio_user.client.qemu.paths import lab_root
+from vfio_user.server.engines.libvfio_user_abi import EVERY, V2_ONLY, Abi
+from vfio_user.server.engines.libvfio_user_library import Library, LibraryError, find_library
+from vfio_user.server.engines.libvfio_user_limits import LIMITS, V1_ONLY
+
+
+@dataclass(frozen=True, slots=True)
+class Fails:
+    """A test function; of its cases those with the ids in `cases`, or all but those in `good`."""
+
+    test: str
+    cases: tuple[str, ...] = ()
+    abis: frozenset[Abi] = EVERY
+    good: tuple[str, ...] = ()
+
+    def covers(self, test: str, case: str, abi: Abi) -> bool:
+        chosen = case in self.cases if self.cases else case not in self.good
+        return self.test == test and chosen and abi in self.abis
+
+
+EXPECTED: Mapping[str, tuple[Fails, ...]] = {
+    "framing": (
+        Fails("test_a_message_may_come_byte_by_byte"),
+        Fails("test_a_message_may_come_in_two_parts", ("1", "8", "15", "17", "31", "32", "33", "35")),
+        Fails("test_messages_that_are_cut_anywhere_are_joined_again"),
+        Fails("test_a_megabyte_goes_in_one_message_each_way"),
+    ),
+    "refused header": (
+        Fails("test_a_message_type_that_does_not_exist_is_refused"),
+        Fails("test_a_huge_message_that_is_refused_does_not_disturb_the_next_one"),
+        Fails("test_a_size_that_cannot_be_ends_the_connection"),
+        Fails("test_what_came_before_a_broken_header_is_answered"),
+        Fails("test_the_next_client_is_welcome_after_a_broken_header"),
+        Fails("test_who_sends_a_broken_header_without_reading_is_dropped_once_it_reads"),
+        Fails("test_descriptors_before_a_broken_header_are_closed"),
+    ),
+    "error replies": (Fails("test_the_reply_to_an_access_that_fails_is_the_header_alone"),),
+    "replies unasked for": (
+        Fails("test_a_reply_that_nobody_waits_for_is_dropped"),
+        Fails("test_descriptors_beside_a_reply_are_closed"),
+    ),
+    "descriptors": (
+        Fails("test_a_descriptor_may_come_with_any_byte_of_its_message"),
+        Fails("test_descriptors_may_come_in_two_parts"),
+        Fails("test_as_many_descriptors_as_the_kernel_sends_are_closed"),
+        Fails("test_descriptors_of_a_message_that_never_ends_are_closed"),
+        Fails(
+            "test_more_descriptors_than_a_command_takes_are_closed_and_refused",
+            ("2", "3", "4", "5", "6", "7", "9", "10", "13"),
+        ),
+        Fails("test_more_descriptors_than_a_command_takes_are_closed_and_refused", ("14",), V1_ONLY),
+        Fails("test_two_descriptors_are_refused"),
+    ),
+    "version": (
+        Fails("test_a_command_before_version_is_refused"),
+        Fails("test_another_major_version_is_refused"),
+        Fails("test_the_minor_version_is_the_smaller_of_the_two", ("2-1", "65535-1"), V2_ONLY),
+        Fails("test_version_data_and_capabilities_are_optional", good=("text4",)),
+        Fails("test_version_data_that_is_wrong_is_refused"),
+        Fails("test_version_without_a_body_is_refused"),
+        Fails("test_version_without_reply_is_not_answered"),
+        Fails("test_qemu_gets_our_limits"),
+    ),
+    "client limits": (
+        Fails("test_more_than_max_data_xfer_size_is_refused"),
+        Fails("test_the_clients_own_max_dma_maps_counts_too"),
+        Fails("test_a_message_has_no_more_descriptors_than_the_client_takes"),
+    ),
+    "write multi": (
+        Fails("test_every_command_that_a_server_has_to_know_works"),
+        Fails("test_every_model_answers_every_command"),
+        Fails("test_writes_are_done_in_order_whether_or_not_the_capability_was_offered"),
+        Fails("test_the_reply_counts_the_writes_that_were_done"),
+        Fails("test_a_handler_that_raises_in_one_of_several_writes"),
+    ),
+    "large argsz": (Fails("test_a_larger_argsz_is_answered_with_the_size_needed", ("6",)),),
+    "mapping a region": (
+        Fails("test_a_region_that_can_be_mapped_comes_with_a_descriptor"),
+        Fails("test_a_too_small_argsz_is_answered_with_the_size_needed"),
+        Fails("test_a_client_cannot_change_the_size_of_the_memory"),
+        Fails("test_a_client_that_takes_no_descriptors_gets_no_mapping"),
+        Fails("test_the_memory_stays_when_its_client_leaves"),
+    ),
+    "doorbells": (Fails("test_a_doorbell_of_a_client_that_has_left_rings_nothing"),),
+    "sub-region size": (
+        Fails("test_doorbells_come_with_an_eventfd_each", abis=V2_ONLY),
+        Fails("test_a_too_small_argsz_gets_the_size_and_no_descriptors", abis=V2_ONLY),
+    ),
+    "DMA map checks": (
+        Fails("test_a_range_that_cannot_be_is_refused", good=("fd-empty",)),
+        Fails("test_a_map_over_an_existing_region_fails_with_eexist", good=("2-8192",)),
+        Fails("test_a_region_for_no_access_is_refused", ("0",)),
+        Fails("test_a_file_that_does_not_hold_the_region_is_refused"),
+        Fails("test_an_offset_that_is_not_aligned_is_refused"),
+    ),
+    "number of DMA regions": (
+        Fails("test_ten_thousand_regions_can_be_mapped"),
+        Fails("test_more_regions_than_max_dma_maps_are_refused"),
+    ),
+    "DMA unmap": (
+        Fails("test_an_unmap_that_fits_no_region", good=("unknown",)),
+        Fails("test_unmap_of_several_regions_at_once"),
+    ),
+    "untrusted memory": (
+        Fails("test_a_file_that_is_truncated_later_gives_an_error"),
+        Fails("test_a_descriptor_that_is_no_memory_is_refused", ("socket", "eventfd", "/dev/zero", "/proc")),
+        Fails("test_guest_memory_is_copied_and_the_counters_tell_the_way", ("file",)),
+    ),
+    "DMA by message": (
+        Fails("test_guest_memory_is_copied_and_the_counters_tell_the_way", ("message",)),
+        Fails("test_a_range_may_cross_regions_of_different_ways"),
+        Fails("test_the_device_cannot_write_a_read_only_range", ("message",)),
+        Fails("test_a_range_that_is_not_mapped_fails", ("message",)),
+        Fails("test_replies_may_come_in_any_order"),
+        Fails(
+            "test_a_reply_of_the_wrong_length_fails_the_access",
+            ("fewer bytes", "more bytes", "no bytes", "count above the data", "half a body"),
+        ),
+        Fails("test_a_write_reply_may_be_as_real_clients_send_it"),
+        Fails("test_a_reply_to_the_other_command_fails_the_access"),
+        Fails("test_no_command_waits_for_the_clients_answer"),
+        Fails("test_reset_cuts_the_dma_and_late_replies_are_dropped"),
+        Fails("test_a_client_that_never_answers_dma_is_served_all_the_same"),
+        Fails("test_unmap_while_a_task_waits"),
+        Fails("test_another_region_in_place_of_the_one_a_task_waits_for"),
+        Fails("test_dma_to_where_nothing_is", ("0-4294967295-4",)),
+        Fails("test_dma_to_where_nothing_is", ("4094-4-4",), V2_ONLY),
+    ),
+    "DMA by message in v1": (
+        Fails("test_requests_of_the_server_are_as_specified", abis=V1_ONLY),
+        Fails("test_a_request_has_at_most_max_data_xfer_size", abis=V1_ONLY),
+        Fails("test_an_error_reply_fails_the_access", ("19-12", "14-12", "0-12", "4294967295-12"), V1_ONLY),
+        Fails("test_a_second_reply_is_dropped", abis=V1_ONLY),
+        Fails(
+            "test_a_reply_of_the_wrong_length_fails_the_access",
+            ("count of all bits", "no body", "wrote fewer", "wrote more", "wrote nothing"),
+            V1_ONLY,
+        ),
+        Fails("test_a_client_that_leaves_with_dma_under_way", abis=V1_ONLY),
+    ),
+    "shared eventfds": (
+        Fails("test_msi_and_msix_are_kept_apart"),
+        Fails("test_two_messages_with_a_descriptor_each_keep_them_apart"),
+    ),
+    "disabling vectors": (
+        Fails("test_disabling_one_vector_disables_that_one"),
+        Fails("test_count_zero_disables_the_index"),
+    ),
+    "what SET_IRQS brings": (
+        Fails("test_vectors_are_used_by_a_client_that_never_writes_the_configuration_space"),
+        Fails("test_booleans_choose_the_vectors"),
+        Fails("test_a_request_that_cannot_be_is_refused_and_changes_nothing", ("unknown flag",)),
+        Fails("test_a_descriptor_that_is_no_eventfd_is_refused"),
+        Fails("test_an_eventfd_that_is_full_does_not_hold_the_server_up"),
+    ),
+    "INTx automatic mask": (
+        Fails("test_irq_info", ("0-1-7",)),
+        Fails("test_intx_masks_itself_and_fires_again_on_unmask_while_the_level_is_high"),
+        Fails("test_an_interrupt_storm", ("5-0",)),
+    ),
+    "mask and resample eventfds": (
+        Fails("test_intx_is_unmasked_by_its_resample_eventfd"),
+        Fails("test_intx_is_masked_by_a_mask_eventfd"),
+    ),
+    "SET_IRQS count": (
+        Fails("test_a_request_that_cannot_be_is_refused_and_changes_nothing", ("wrap",), V1_ONLY),
+    ),
+    "editions": (Fails("test_the_device_is_a_pci_device_that_can_be_reset", abis=V2_ONLY),),
+}
+ELSEWHERE: Mapping[str, str] = {
+    "inherited socket": "tests/conformance/test_serve_bad_input.py",
+    "unread replies": "tests/conformance/test_conformance_clients.py",
+}
+"""Rows without a test that is expected to fail, and where they are shown."""
+
+
+@functools.cache
+def library() -> Library | str:
+    """The library that the engine will use, or why there is none."""
+    try:
+        return find_library(lab=lab_root() / "libvfio-user" / LIBRARY)
+    except LibraryError as error:
+        return str(error)
+
+
+def limit_of(test: str, case: str) -> str | None:
+    """The row that lets a case of a test fail with the library that is used: its name and effect."""
+    found = library()
+    if isinstance(found, str):
+        return None
+    for limit in LIMITS:
+        for fails in EXPECTED.get(limit.name, ()):
+            if fails.covers(test, case, found.abi):
+                return f"{limit.name}: {limit.effect}"
+    return None
