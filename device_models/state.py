@@ -230,6 +230,11 @@ def load_sections(sections: Iterable[Section], saved: SavedSections) -> list[App
     return [section.prepare(*saved.get(name, (0, {}))) for name, section in known.items()]
 
 
+def counted(value: int) -> int:
+    """A counter as it is saved: it sticks at 64 bits."""
+    return min(value, U64)
+
+
 def time_left(deadline: int, now: int) -> int:
     """Nanoseconds from `now` to `deadline`, 0 if it has passed; how a time is saved."""
     return min(max(deadline - now, 0), LONGEST_TIME)

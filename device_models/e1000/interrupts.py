@@ -12,7 +12,7 @@ from vfio_user.device_models.e1000.bits import Cause
 from vfio_user.device_models.e1000.options import LONGEST_INTERVAL
 from vfio_user.device_models.interrupts import Interrupts
 from vfio_user.device_models.registers import Cell, RegisterFile
-from vfio_user.device_models.state import U16, U64, Apply, Fields, Reader, Section, time_left
+from vfio_user.device_models.state import U16, U64, Apply, Fields, Reader, Section, counted, time_left
 from vfio_user.device_models.timers import Timer
 
 ITR_UNIT = 256  # ns (13.4.18)
@@ -114,7 +114,7 @@ class Causes:
         return Section("moderation", 1, self._save, self._load)
 
     def _save(self) -> Fields:
-        return {"wait": time_left(self.not_before, self._host.clock()), "fired": self.fired}
+        return {"wait": time_left(self.not_before, self._host.clock()), "fired": counted(self.fired)}
 
     def _load(self, reader: Reader) -> Apply:
         wait, fired = reader.integer("wait", LONGEST_WAIT), reader.integer("fired", U64)

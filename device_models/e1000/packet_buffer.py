@@ -12,7 +12,7 @@ from vfio_user.device_models.e1000.ring import Ring
 from vfio_user.device_models.e1000.statistics import FCS, Statistics
 from vfio_user.device_models.net import NetBackend
 from vfio_user.device_models.registers import RegisterFile
-from vfio_user.device_models.state import U64, Apply, Fields, Reader, Section
+from vfio_user.device_models.state import U64, Apply, Fields, Reader, Section, counted
 from vfio_user.device_models.tasks import Work
 
 CAPACITY = 128 * 1024
@@ -213,9 +213,9 @@ class PacketBuffer:
         return {
             "frames": [frame.hex() for frame, _ in self.frames],
             "verdicts": bytes(verdict for _, verdict in self.frames).hex(),
-            "filtered": self.filtered,
-            "dropped": self.dropped,
-            "missed": self.missed,
+            "filtered": counted(self.filtered),
+            "dropped": counted(self.dropped),
+            "missed": counted(self.missed),
         }
 
     def _load(self, reader: Reader) -> Apply:

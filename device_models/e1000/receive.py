@@ -18,7 +18,7 @@ from vfio_user.device_models.e1000.statistics import FCS, Statistics
 from vfio_user.device_models.net import NetBackend
 from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.registers import RegisterFile
-from vfio_user.device_models.state import U64, Apply, Fields, Reader, Section
+from vfio_user.device_models.state import U64, Apply, Fields, Reader, Section, counted
 
 SHORTEST = 60  # bytes without FCS; what a real wire would have padded
 BATCH = 64  # descriptors
@@ -80,7 +80,7 @@ class Receiver:
         return Section("receive_ring", 1, self._save, self._load)
 
     def _save(self) -> Fields:
-        return {"delay": self.delay.save(), "dma_errors": self.dma_errors}
+        return {"delay": self.delay.save(), "dma_errors": counted(self.dma_errors)}
 
     def _load(self, reader: Reader) -> Apply:
         apply_delay = self.delay.load(reader.maybe_record("delay"))

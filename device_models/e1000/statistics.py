@@ -14,7 +14,7 @@ from functools import partial
 
 from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.registers import ReadHook, Register, RegisterFile
-from vfio_user.device_models.state import U32, U64, Apply, Fields, Reader, Section
+from vfio_user.device_models.state import U32, U64, Apply, Fields, Reader, Section, counted
 
 FCS = 4
 """Bytes of the frame check sequence."""
@@ -193,7 +193,7 @@ class Statistics:
     def _save(self) -> Fields:
         self.settle()
         return {
-            name: {"value": min(counter.value, U64), "noted": counter.noted}
+            name: {"value": counted(counter.value), "noted": counter.noted}
             for name, counter in self.octets.items()
         }
 

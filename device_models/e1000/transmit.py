@@ -15,7 +15,7 @@ from vfio_user.device_models.e1000.statistics import FCS, Statistics
 from vfio_user.device_models.net import Offload, WireSize
 from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.registers import RegisterFile
-from vfio_user.device_models.state import U64, Apply, Fields, Reader, Section
+from vfio_user.device_models.state import U64, Apply, Fields, Reader, Section, counted
 
 BATCH = 64  # descriptors
 BATCH_BYTES = 64 * 1024
@@ -83,8 +83,8 @@ class Transmitter:
             "owed_delayed": self.owed_delayed,
             "owed_causes": self.owed_causes,
             "delay": self.delay.save(),
-            "malformed": self.malformed,
-            "dma_errors": self.dma_errors,
+            "malformed": counted(self.malformed),
+            "dma_errors": counted(self.dma_errors),
         }
 
     def _load(self, reader: Reader) -> Apply:
