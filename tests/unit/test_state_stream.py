@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vfio_user.device_models.device import Device
@@ -157,6 +157,7 @@ def test_zeros_that_were_written_are_said_shortly(device: Scratch) -> None:
     assert [record for record in records if record[1] == "bar2"] == [zero(0, SIZE), zero(BLOCK, BLOCK)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 40_000), max_size=8), st.lists(st.integers(0, 40_000), max_size=8))
 def test_borders_mean_nothing(written: list[int], read: list[int]) -> None:
     device = make()
@@ -498,6 +499,7 @@ def test_a_section_that_is_too_long() -> None:
     assert "more than" in refusal(assembled([(SECTION, "config", 1, payload)]), make(memory=0)).reason
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 400))
 def test_anything_may_come(noise: bytes, place: int) -> None:
     """Only StateError, whatever is put where: into a stream, and after a header."""
