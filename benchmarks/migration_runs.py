@@ -75,7 +75,7 @@ def read_state(wire: Wire) -> float:
 
 
 def _measure(ours: Wire, wire: Wire) -> Measured:
-    rate = read_state(wire) if wire is ours else bulk_reads(wire, PIECE, STATE, region=1)
+    rate = read_state(wire) if wire is ours else bulk_reads(wire, PIECE, STATE, region=1, span=STATE)
     return {"state.{}": rate / 1e6}
 
 
@@ -91,8 +91,8 @@ class StateContest:
 
 @contextlib.contextmanager
 def against_library(lab: Lab, folder: Path) -> Iterator[StateContest]:
-    """Our `scratch` with 256 MiB, and 1 MiB of memory behind a C server."""
+    """Our `scratch` with 256 MiB, and as much memory behind a C server."""
     ours = our_server("scratch", "--set", f"memory={STATE >> 20}M")
-    with open_pair(("scratch", ours), c_memory_server(lab, folder), folder) as pair:
+    with open_pair(("scratch", ours), c_memory_server(lab, folder, STATE >> 20), folder) as pair:
         fill(pair.ours.wire)
         yield StateContest(pair)

@@ -61,12 +61,12 @@ def against_sample(lab: Lab, folder: Path) -> contextlib.AbstractContextManager[
     return open_pair(("scratch", our_server("scratch")), ("c-sample", sample), folder)
 
 
-def c_memory_server(lab: Lab, folder: Path) -> Entrant:
-    """1 MiB of memory behind BAR1, in C with libvfio-user."""
+def c_memory_server(lab: Lab, folder: Path, mebibytes: int = 1) -> Entrant:
+    """Memory behind BAR1, in C with libvfio-user."""
     library = lab.libvfio_library.parent
     flags = ("-I", str(lab.libvfio_source / "include"), "-L", str(library), "-lvfio-user")
     program = compiled("bulk_server", folder, *flags, f"-Wl,-rpath,{library}")
-    return "c-memory", [str(program), "{socket}"]
+    return "c-memory", [str(program), "{socket}", str(mebibytes)]
 
 
 def against_library(lab: Lab, folder: Path) -> contextlib.AbstractContextManager[Pair]:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from vfio_user.benchmarks import dirty_runs, dma_runs, migration_runs, protocol_runs
+from vfio_user.benchmarks import dirty_runs, dma_runs, marking_runs, migration_runs, protocol_runs
 from vfio_user.benchmarks.results import Results
 from vfio_user.client.qemu.lab import Lab
 
@@ -70,5 +70,6 @@ SUITES: Mapping[str, Suite] = {
     ),
     "dma10k": Suite("DMA_MAP at 10,000 regions", 9, 3, partial(_contest, dma_runs.against_empty)),
     "dirty": Suite("dirty reports", 9, 3, partial(_contest, dirty_runs.against_sample)),
+    "mark": Suite("marking dirty pages", 15, 5, partial(_contest, marking_runs.logged_card)),
     "state": Suite("MIG_DATA_READ", 5, 2, partial(_contest, migration_runs.against_library)),
 }

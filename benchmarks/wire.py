@@ -139,17 +139,21 @@ def posted_writes(wire: Wire, batches: int, region: int, depth: int = 64) -> flo
     return batches * depth / (time.perf_counter_ns() - begun) * 1e9
 
 
-def bulk_reads(wire: Wire, count: int, total: int, region: int) -> float:
-    """Bytes a second, in reads of `count` bytes one after the other until `total` bytes are there."""
-    request = codec.pack_region_read(98, 0, region, count)
-    head = read_reply_head(98, 0, region, count)
-    buffer = bytearray(len(head) + count)
+def bulk_reads(wire: Wire, count: int, total: int, region: int, span: int = 0) -> float:
+    """Bytes a second, in reads of `count` bytes one after the other until `total` bytes are there.
+
+    They are all at offset 0, or go through the first `span` bytes.
+    """
+    places = range(0, max(span, count), count)
+    requests = [codec.pack_region_read(98, place, region, count) for place in places]
+    heads = [read_reply_head(98, place, region, count) for place in places]
+    buffer = bytearray(len(heads[0]) + count)
     send, receive, turns = wire.socket.send, wire.socket.recv_into, total // count
     begun = time.perf_counter_ns()
-    for _ in range(turns):
-        send(request)
+    for turn in range(turns):
+        send(requests[turn % len(requests)])
         got = receive(buffer, 0, socket.MSG_WAITALL)
-        if got != len(buffer) or not buffer.startswith(head):
+        if got != len(buffer) or not buffer.startswith(heads[turn % len(heads)]):
             raise BenchmarkError(f"wrong reply: {got} bytes, {bytes(buffer[:32]).hex()}")
     return turns * count / (time.perf_counter_ns() - begun) * 1e9
 
