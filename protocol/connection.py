@@ -123,7 +123,7 @@ class Connection(ReceiveBuffer):
         if fds:
             self._fds.add(fds, first, first + nbytes)
         if self._fds.undecided:
-            self._fds.assign(tuple(self._frames()))
+            self._fds.assign(tuple(self._frames()), self.max_receive_fds)
 
     def feed(self, data: bytes | bytearray | memoryview, fds: Sequence[Fd] = ()) -> list[Event]:
         """One read and all its events. StreamLost is raised by the next call if there are events."""
@@ -215,10 +215,13 @@ class Connection(ReceiveBuffer):
         if row is None:
             raise RemoteProtocolError(f"unknown command {number}", errno.ENOSYS)
         name = row.command.name
+        version = row.command is Command.VERSION
         for wrong, reason in (
             (flags & c.TYPE_MASK != c.TYPE_COMMAND, f"message type {flags & c.TYPE_MASK}"),
             (row.sender is self.role, "this command goes the other way"),
             (refused, "more file descriptors than this message may have"),
+            # What was agreed is in the reply alone (specification: "VFIO_USER_VERSION").
+            (version and flags & c.FLAG_NO_REPLY, "it has to be answered, and asks for no reply"),
             (*self._out_of_order(row.command),),
         ):
             if wrong:
@@ -267,6 +270,8 @@ class Connection(ReceiveBuffer):
         if row is None or row.sender is not self.role:
             raise LocalProtocolError(f"{type(body).__name__} is no request of the {self.role.name.lower()}")
         self._check_order(row.command)
+        if no_reply and row.command is Command.VERSION:
+            raise LocalProtocolError("VERSION: what is agreed comes with the reply")
         self._check_fds(row.command, fds, row.request_fds)
         parts = codec.build_parts(body)
         message_id = self._new_id()

@@ -83,15 +83,25 @@ class FdQueue:
     def add(self, fds: Sequence[Fd], start: int, stop: int) -> None:
         self._batches.append(_Batch(tuple(fds), start, stop))
 
-    def assign(self, frames: Sequence[Frame]) -> None:
-        """Give the fds to messages. Waits while the last message of a read has an incomplete header."""
+    def assign(self, frames: Sequence[Frame], most: int) -> None:
+        """Give the fds to messages. Waits while the last message of a read has an incomplete header; that
+        one may have up to `most`, and is refused at once when there are more."""
         while self._batches:
             batch = self._batches[0]
             candidates = [frame for frame in frames if frame.stop > batch.start and frame.start < batch.stop]
             if candidates and candidates[-1].limit is None:
+                self._bound(frames, most)
                 return
             del self._batches[0]
             self._distribute(batch.fds, candidates)
+
+    def _bound(self, frames: Sequence[Frame], most: int) -> None:
+        """Whoever sends a header byte by byte must not make us hold more than its message may have."""
+        waiting = [frame for frame in frames if frame.stop > self._batches[0].start]
+        room = sum(most if frame.limit is None else frame.limit for frame in waiting)
+        while sum(len(batch.fds) for batch in self._batches) > room:
+            close_all(self._batches.pop().fds)
+            self._refused.add(waiting[-1].start)
 
     def _distribute(self, fds: tuple[Fd, ...], candidates: Sequence[Frame]) -> None:
         for frame in reversed(candidates):

@@ -111,9 +111,12 @@ async def test_version_without_a_body_is_refused(scratch: Served) -> None:
 
 
 async def test_version_without_reply_is_not_answered(scratch: Served) -> None:
+    """What the two sides agree on is in the reply alone."""
     async with connect(scratch.path, negotiated=False) as raw:
-        await raw.command(wire.VERSION, wire.version({}), flags=wire.NO_REPLY)
-        await raw.expect_alive()
+        for body in (wire.version({}), b""):
+            await raw.command(wire.VERSION, body, flags=wire.NO_REPLY)
+            assert (await raw.call(wire.GET_INFO, wire.get_info())).errno == errno.EINVAL
+        await raw.negotiate()
 
 
 async def test_the_larger_of_two_limits_is_not_demanded(scratch: Served) -> None:

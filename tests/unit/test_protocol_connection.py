@@ -315,6 +315,22 @@ def test_no_reply_never_gets_a_reply_not_even_an_error() -> None:
         server.error(5, 99, bad.error)
 
 
+def test_a_version_that_asks_for_no_reply_agrees_nothing() -> None:
+    client, server = Connection(Role.CLIENT), Connection(Role.SERVER)
+    with pytest.raises(LocalProtocolError, match="comes with the reply"):
+        client.request(VERSION, no_reply=True)
+    posted, early = server.feed(wire(1, Command.VERSION, VERSION, 0x10) + wire(2, Command.DEVICE_RESET))
+    assert isinstance(posted, Rejected)
+    assert (posted.no_reply, posted.error) == (True, errno.EINVAL)
+    assert isinstance(early, Rejected)
+    assert "no version" in early.reason
+    assert not server.negotiated
+    (request,) = server.feed(joined(client.request(VERSION)[1]))
+    assert isinstance(request, Request)
+    server.reply(request, m.VersionReply(0, 1))
+    assert server.negotiated
+
+
 def test_a_request_is_answered_once_and_ids_of_the_peer_may_repeat() -> None:
     _, server = negotiated()
     first, second = server.feed(wire(3, Command.DEVICE_RESET) * 2)

@@ -174,6 +174,29 @@ def test_more_fds_than_we_said_we_can_receive_are_refused() -> None:
     assert [fd.closed for fd in fds] == [1, 1, 1]
 
 
+def test_too_many_fds_for_a_header_that_is_not_complete_are_not_kept() -> None:
+    connection = server()
+    connection.max_receive_fds = 2
+    stream = set_irqs(1, 2)
+    fds = [handles(1)[0] for _ in range(15)]
+    for index, fd in enumerate(fds):
+        assert connection.feed(stream[index : index + 1], [fd]) == []
+        assert [fd.closed for fd in fds] == [0] * min(index + 1, 2) + [1] * (index - 1) + [0] * (14 - index)
+    assert summary(connection.feed(stream[15:] + set_irqs(2, 1))) == {1: "rejected", 2: ""}
+    assert [fd.closed for fd in fds] == [1] * 15
+    assert not connection.queued_fds
+
+
+def test_a_message_before_an_incomplete_header_may_have_fds_of_its_own() -> None:
+    fds, connection = handles(6), server()
+    connection.max_receive_fds = 2
+    assert connection.feed(set_irqs(1, 2)[:20]) == []
+    assert connection.feed(set_irqs(1, 2)[20:] + set_irqs(2, 2)[:9], fds[:4]) == []
+    assert connection.feed(set_irqs(2, 2)[9:10], fds[4:]) == []
+    assert [fd.closed for fd in fds] == [0, 0, 0, 0, 1, 1]
+    assert summary(connection.feed(set_irqs(2, 2)[10:])) == {1: "ab", 2: "rejected"}
+
+
 def test_messages_that_are_wrong_otherwise_close_their_fds() -> None:
     fds = handles(4)
     before_version = Connection(Role.SERVER)
