@@ -14,6 +14,7 @@ import logging
 import mmap
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -51,7 +52,8 @@ class DmaRegion:
     """A range of guest memory that the client has given to the device; reached by message.
 
     `read_view` and `write_view` are the mapping, or None where there is none or the direction is not
-    allowed. `store` is the one way in which a device's write reaches memory, and marks the dirty log.
+    allowed. `store` (and `store_many`, the same for a batch) is the one way in which a device's write
+    reaches memory, and marks the dirty log.
     """
 
     __slots__ = ("address", "dirty", "end", "read_view", "readable", "size", "writable", "write_view")
@@ -77,6 +79,11 @@ class DmaRegion:
     def store(self, offset: int, data: Buffer) -> None:
         """Write into the region and mark the dirty log. DmaError when it cannot be done."""
         raise DmaError(self.address + offset, len(data), "the region is reached by message only")
+
+    def store_many(self, segments: Sequence[tuple[int, Buffer]]) -> None:
+        """`store` every (address, data); none is empty, and all lie in the region."""
+        for address, data in segments:
+            self.store(address - self.address, data)
 
     def close(self) -> None:
         """Let go of the memory. `address` and `size` can still be asked."""
@@ -110,6 +117,17 @@ class MappedRegion(DmaRegion):
         self.write_view[offset : offset + length] = data
         if self.dirty is not None:
             self.dirty.mark(offset, length)
+
+    def store_many(self, segments: Sequence[tuple[int, Buffer]]) -> None:
+        # Without a call for each segment: half of what a small write costs. Marks first, so that none is
+        # missing should a model's data be of the wrong kind; no report can come between.
+        view, start = self.write_view, self.address
+        assert view is not None
+        if self.dirty is not None:
+            self.dirty.mark_many(start, segments)
+        for address, data in segments:
+            offset = address - start
+            view[offset : offset + len(data)] = data
 
     def close(self) -> None:
         """Unmap. While a device keeps a view against its contract, the mapping stays until that is gone."""

@@ -142,8 +142,7 @@ class GuestMemory:
                 if address < start or address + len(data) > end or not data:
                     break
             else:
-                for address, data in segments:
-                    region.store(address - start, data)
+                region.store_many(segments)
                 self.counters.mapped_writes += len(segments)
                 self.counters.mapped_write_bytes += sum(len(data) for _, data in segments)
                 return
