@@ -31,9 +31,18 @@ OTHER_FILES = 4096  # open files that DMA regions leave for eventfds and all els
 LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
+class SocketPath(click.Path):
+    """A path that is not empty: as a `Path` that would be the folder we are in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not value:
+            self.fail("it is empty: give the path of the socket to make", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command("serve")
 @click.argument("model")
-@click.option("--socket-path", type=click.Path(path_type=Path), help="UNIX socket to listen on.")
+@click.option("--socket-path", type=SocketPath(path_type=Path), help="UNIX socket to listen on.")
 @click.option("--fd", type=click.IntRange(0), help="Inherited UNIX socket, listening or connected.")
 @click.option(
     "--engine",

@@ -166,7 +166,7 @@ def test_a_path_in_a_folder_that_is_not_there(refused: Refused, tmp_path: Path) 
 
 
 def test_an_empty_path(refused: Refused) -> None:
-    assert "socket" in refused("scratch", "--socket-path", "")
+    assert "'--socket-path': it is empty: give the path" in refused("scratch", "--socket-path", "")
 
 
 @pytest.mark.parametrize("stale", [False, True], ids=["new", "stale"])
