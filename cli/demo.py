@@ -199,9 +199,9 @@ async def _tour(account: Account, wanted: Wanted, folder: Path) -> TourReport | 
         account.step(f"servers {pids}; a switch between them")
         for way in islice(cycle(WAYS), wanted.moves):
             await tour.dwell()
-            name = f"{tour.home.name} to {tour.home.other}, {' to '.join(way)}"
-            with account.moving(name) as tell:
-                account.step(_story(await tour.move(way, tell)))
+            with account.moving(f"{tour.home.name} to {tour.home.other}") as tell:
+                move = await tour.move(way, tell)
+            account.step(_story(move))
         await tour.dwell()
         report = await tour.finish()
         account.step("all frames have come home; driver, card, servers and switch agree")

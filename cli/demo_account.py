@@ -6,11 +6,19 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from vfio_user.client.migration.report import Progress as Moved
+from vfio_user.client.migration.report import Step
 
 _EVERY = 64  # frames between two looks of the bar
 
@@ -65,18 +73,18 @@ class Account:
 
     @contextlib.contextmanager
     def moving(self, what: str) -> Iterator[Callable[[Moved], None]]:
-        """The same for a migration: its rounds, and the bytes of each."""
-        columns = (TextColumn("       {task.description}"), BarColumn(20), DownloadColumn())
+        """The same for a migration: what it does, and the bytes of the round."""
+        columns = (TextColumn("       {task.description}"), BarColumn(10), DownloadColumn())
         with self._bar(*columns) as bar:
-            task = bar.add_task(what, total=None)
+            task = bar.add_task(f"{what}: connect", total=None)
 
             def advance(moved: Moved) -> None:
-                total = moved.sent + moved.left or None
-                text = f"{what}: {moved.step.value}, {moved.round + 1}"
+                number = f", round {moved.round + 1}" if moved.step is Step.PRECOPY else ""
+                text, total = f"{what}: {moved.step.value}{number}", moved.sent + moved.left or None
                 bar.update(task, description=text, completed=moved.sent, total=total)
 
             yield advance
 
-    def _bar(self, *columns: TextColumn | BarColumn | MofNCompleteColumn | DownloadColumn) -> Progress:
-        terminal = self._console.is_terminal
+    def _bar(self, *columns: ProgressColumn) -> Progress:
+        terminal = self._console.file.isatty()  # `is_terminal` is true for a file too, with FORCE_COLOR
         return Progress(*columns, console=self._console, transient=True, disable=not terminal)

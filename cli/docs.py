@@ -2,8 +2,8 @@
 """`python -m vfio_user.cli.docs`: writes the parts of the documentation that follow from the code.
 
 A part stands between the comments `<!-- generated: NAME -->` and `<!-- end of NAME -->`. With --check nothing
-is written, and the exit status is 1 when a part is not what the code says. --picture draws docs/demo.svg from
-a real run of `vfio-user demo`. For a checkout only: an installed package has no docs/.
+is written, and the exit status is 1 when a part is not what the code says. --picture draws docs/demo.svg and
+docs/migration.svg from a real run of `vfio-user demo`. For a checkout: an installed package has no docs/.
 """
 
 import errno
@@ -31,9 +31,10 @@ from vfio_user.protocol.migration import PATHS, STATES, V1_ARCS, V1_STATES, Stat
 from vfio_user.server.handlers import HANDLERS
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURE = "docs/demo.svg"
+PICTURE, PLOT = "docs/demo.svg", "docs/migration.svg"
 _WIDTH = 100  # columns of the picture
-_FROM = "A real guest"  # the picture begins with the line of the demo that has this
+_FROM = "Live migration"  # the picture begins with the line of the demo that has this
+_NEEDED = "the guest has booted"
 _FONT_FACE = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 
 
@@ -184,9 +185,9 @@ def draw(words: Sequence[str], root: Path = ROOT) -> None:
 
 
 def last_part(output: str) -> str:
-    """The demo from its guest on; ValueError when there was none, for the picture is to show one."""
+    """The demo from its migrations on; ValueError without a real guest, for the picture is to show one."""
     before, found, after = output.partition(_FROM)
-    if not found:
+    if not found or _NEEDED not in after:
         raise ValueError("the demo has booted no guest: run `make lab` first")
     return before[before.rfind("\n") + 1 :] + found + after
 
@@ -200,7 +201,7 @@ def as_svg(output: str, title: str) -> str:
 
 @click.command()
 @click.option("--check", is_flag=True, help="Write nothing; exit status 1 when a part is stale.")
-@click.option("--picture", is_flag=True, help=f"Draw {PICTURE} from a run of the demo.")
+@click.option("--picture", is_flag=True, help=f"Draw {PICTURE} and {PLOT} from a run of the demo.")
 def command(check: bool, picture: bool) -> None:
     """Write the parts of the documentation that follow from the code."""
     stale = stale_parts()
@@ -210,7 +211,7 @@ def command(check: bool, picture: bool) -> None:
         if not check:
             path.write_text(renewed(name, path.read_text()))
     if picture and not check:
-        draw([str(Path(sys.executable).parent / "vfio-user"), "demo"])
+        draw([str(Path(sys.executable).parent / "vfio-user"), "demo", "--plot", PLOT])
     sys.exit(bool(check and stale))
 
 

@@ -54,7 +54,7 @@ class TourOptions:
     ring: int = 1024
     beacons: float = 2000.0
     rate: float = 125e6
-    limits: Limits = field(default_factory=lambda: Limits(downtime=0.08, rounds=4))
+    limits: Limits = field(default_factory=lambda: Limits(downtime=0.03, rounds=3))
     vmm: VmmOptions = field(default_factory=lambda: VmmOptions(resample=True))
     seed: int = 1
 
@@ -104,8 +104,8 @@ class Tour:
         self._nursery, self._guest, self._here = nursery, guest, here
         self._before: Mapping[str, int] = await self.home.server.ask_counters()
         self.nic = E1000(guest.devices[0], self._options.ring)
-        guest.start(self.nic.serve_interrupts)
         await guest.run(self.nic.start)
+        guest.start(self.nic.serve_interrupts)
         self.traffic = Traffic(self.nic, seed=self._options.seed, patience=_PATIENCE)
         await guest.run(self.traffic.resolve)
         guest.start(self._flow)
@@ -129,9 +129,9 @@ class Tour:
         """Stay for a while. TourError when no frames come, ServerError when the server has ended."""
         before = self.meter.frames
         await trio.sleep(self._options.dwell)
-        if self.meter.frames == before:
+        if not await _within(_PATIENCE, lambda: self.meter.frames > before):
             self.home.check()
-            raise TourError(f"no frame has come for {self._options.dwell:g} s")
+            raise TourError(f"no frame has come for {self._options.dwell + _PATIENCE:g} s")
 
     # A move
 
@@ -212,9 +212,7 @@ class Tour:
     async def finish(self) -> TourReport:
         """Let all frames come home, and compare everything. TourError names what differs."""
         self._leaving = True
-        with trio.move_on_after(_PATIENCE):
-            while self._traffic is None:  # noqa: ASYNC110  # guest code tells nobody
-                await trio.sleep(_LOOK_AGAIN)
+        await _within(_PATIENCE, lambda: self._traffic is not None)
         if self._traffic is None:
             raise TourError("the last frames do not come")
         await self._guest.run(self.traffic.last_beacons)
@@ -238,6 +236,14 @@ class Tour:
             rates=tuple(meter.rates),
             silence=meter.silence * 1000,
         )
+
+
+async def _within(seconds: float, done: Callable[[], bool]) -> bool:
+    """Whether it is done in time."""
+    with trio.move_on_after(seconds):
+        while not done():  # noqa: ASYNC110  # guest code tells nobody
+            await trio.sleep(_LOOK_AGAIN)
+    return done()
 
 
 @contextlib.asynccontextmanager

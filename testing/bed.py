@@ -20,7 +20,7 @@ from vfio_user.testing.servers import Model, Served, Serving
 
 PROTOCOLS = ("v1", "v2")
 PAGE_SIZES = (4096, 8192, 65536)
-PATIENCE = 20.0
+PATIENCE = 10.0
 _LOOK_AGAIN = 0.0005
 
 Use = Callable[[GuestDevice, random.Random], Awaitable[None]]
@@ -210,6 +210,7 @@ class MigrationBed:
         ended.set()
 
     async def _until(self, done: Callable[[], bool]) -> None:
+        __tracebackhide__ = True
         with trio.move_on_after(PATIENCE):
             while not done():  # noqa: ASYNC110  # guest code tells nobody
                 await trio.sleep(_LOOK_AGAIN)

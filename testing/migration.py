@@ -65,14 +65,17 @@ class MigrationTester:
         self, model: AnyModel, use: Use, *, moves: int | None = None, **settings: Unpack[Settings]
     ) -> None:
         """Move the device `moves` times, at random moments and over random protocols, while the guest uses
-        it: `MigrationBed.roam`, for a test that is no coroutine."""
+        it: `MigrationBed.roam`, for a test that is no coroutine. Unless `shared` is given, every test is done
+        with mapped memory first, and then, with as many moves, with DMA by message."""
         __tracebackhide__ = True
 
         async def scenario(bed: MigrationBed) -> None:
             __tracebackhide__ = True
             await bed.roam(use, moves=moves)
 
-        self.run(model, scenario, **settings)
+        for shared in (settings["shared"],) if "shared" in settings else (True, False):
+            settings["shared"] = shared
+            self.run(model, scenario, **settings)
 
     def run(
         self, model: AnyModel, scenario: Callable[[MigrationBed], Awaitable[T]], **settings: Unpack[Settings]

@@ -12,7 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from vfio_user.testing.migration import MigrationTester
 
-MOVES = 8
+MOVES = 6
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

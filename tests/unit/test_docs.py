@@ -201,17 +201,21 @@ def test_the_changelog_has_the_version_of_the_package() -> None:
     assert headings[:2] == ["Unreleased", version[1]]
 
 
-def test_the_picture_is_one_and_fetches_nothing() -> None:
-    picture = read(docs.PICTURE)
+@pytest.mark.parametrize("name", [docs.PICTURE, docs.PLOT])
+def test_a_picture_is_one_and_fetches_nothing(name: str) -> None:
+    picture = read(name)
     assert ElementTree.fromstring(picture).tag.endswith("svg")
     assert "url(http" not in picture
     assert "font-face" not in picture
+    assert "<image" not in picture
 
 
-def test_the_picture_begins_with_the_guest() -> None:
-    assert docs.last_part("1. a\nb\n\x1b[1m4. A real guest\nend\n") == "\x1b[1m4. A real guest\nend\n"
-    with pytest.raises(ValueError, match="make lab"):
-        docs.last_part("1. a\n")
+def test_the_picture_begins_with_the_migrations_and_has_a_guest() -> None:
+    wanted = "\x1b[1m4. Live migration\n5.00 the guest has booted\nend\n"
+    assert docs.last_part(f"1. a\nb\n{wanted}") == wanted
+    for output in ("1. a\n", "4. Live migration\n"):
+        with pytest.raises(ValueError, match="make lab"):
+            docs.last_part(output)
 
 
 def test_output_with_colours_becomes_a_picture() -> None:

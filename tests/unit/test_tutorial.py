@@ -15,7 +15,7 @@ KINDS = {"run", "fails", "serve", "output", "qemu", "guest"}
 def environment() -> dict[str, str]:
     """That of the activated virtual environment, with output for a file rather than for a terminal."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "COLUMNS": "120", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return os.environ | {"PATH": path, "COLUMNS": "120"}
 
 
 class Reader:

@@ -56,8 +56,8 @@ def test_scratch_under_load(vfio_migration: MigrationTester) -> None:
 async def test_e1000_under_load(vfio_migration: MigrationTester) -> None:
     async with vfio_migration.open("e1000") as bed:
         nic = E1000(bed.device, ring=64)
-        bed.guest.start(nic.serve_interrupts)
         await bed.guest.run(nic.start)
+        bed.guest.start(nic.serve_interrupts)
         traffic = Traffic(nic, seed=bed.chance.getrandbits(32))
         await bed.guest.run(traffic.resolve)
 
