@@ -49,7 +49,7 @@ def zeroed(size: int) -> Bits:
     return bits
 
 
-def is_clean(bits: Bits) -> bool:
+def is_clean(bits: bytes | Bits) -> bool:
     """Whether no bit is set."""
     for start in range(0, len(bits), _CHUNK):
         piece = bits[start : start + _CHUNK]
@@ -81,6 +81,8 @@ def shift_up(bits: bytes | Bits, count: int) -> bytearray:
 
 def merge(bits: Bits, start: int, piece: bytes | Bits) -> None:
     """Set the bits of `piece` in `bits`, from bit `start` on; clear bytes may reach beyond the end."""
+    if is_clean(piece):
+        return
     if start & 7:
         piece = shift_up(piece, start & 7)
     low = start >> 3
@@ -197,6 +199,9 @@ class DirtyLog:
         first = offset >> self.shift
         pages = ((offset + length - 1) >> self.shift) - first + 1
         bits = extract(self.bits, first, pages)
+        count = pages_of(lead + length, 1 << wanted)
+        if is_clean(bits):
+            return bytearray((count + 7) // 8)
         # Up to the region's end, nothing can be told of a part of its last page.
         reach = (first + pages << self.shift) - offset if offset + length == self.size else length
         # The finest pages in which both ends of the range, and both page sizes, can be told.
@@ -207,7 +212,7 @@ class DirtyLog:
             bits = extract(bits, (offset >> fine) - (first << self.shift - fine), reach >> fine)
         if lead:
             bits = shift_up(bits, lead >> fine)
-        return extract(coarsen(bits, wanted - fine), 0, pages_of(lead + length, 1 << wanted))
+        return extract(coarsen(bits, wanted - fine), 0, count)
 
     def clear(self, offset: int, length: int) -> None:
         """Forget the pages of a range.
@@ -227,7 +232,8 @@ class DirtyLog:
         length = self.size - offset if length is None else length
         if (offset, length, lead) != (0, self.size, 0):
             bits = self.report(offset, length, page_size, lead)
-            self.clear(offset, length)
+            if not is_clean(bits):  # memory that nobody has touched stays so
+                self.clear(offset, length)
             return bits
         if page_size is None or page_size == self.page_size:
             return self.take()

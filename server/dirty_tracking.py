@@ -37,6 +37,8 @@ MAX_MEMORY = 512 << 20
 MAX_KEPT = 65536
 """Regions that went and whose dirty pages wait for their report."""
 
+_STEP = 4 * MAX_PAGE_SIZE  # bytes: whole pages of whatever size is tracked
+
 _Place = tuple[int, int]
 """Address and size of a region."""
 _Log = tuple[int, DirtyLog]
@@ -197,7 +199,15 @@ class DirtyTracking:
 
 
 def _move(log: DirtyLog, start: int, bitmap: Bits, address: int, size: int, page_size: int) -> None:
-    """Take the part of a log, which begins at `start`, that lies in the range of a bitmap."""
-    low, high = max(start, address), min(start + log.size, address + size)
-    first, lead = divmod(low - address, page_size)
-    merge(bitmap, first, log.report_and_clear(low - start, high - low, page_size, lead))
+    """Take the part of a log, which begins at `start`, that lies in the range of a bitmap.
+
+    In steps, so that a change of the page size takes little memory, and hardly time where nothing is dirty.
+    """
+    low, end = max(start, address), min(start + log.size, address + size)
+    whole = (low - start, end - low, page_size) == (0, log.size, log.page_size)
+    while low < end:
+        step = log.size if whole else _STEP - (low - start) % _STEP
+        high = min(low + step, end)
+        first, lead = divmod(low - address, page_size)
+        merge(bitmap, first, log.report_and_clear(low - start, high - low, page_size, lead))
+        low = high
