@@ -8,7 +8,7 @@ from typing import Any
 from vfio_user.device_models.device import DmaError, Host, IrqIndex, Option, pause
 from vfio_user.device_models.pci import Bar, Identity
 from vfio_user.device_models.pci_device import PciDevice
-from vfio_user.device_models.regions import StreamedMemory, parse_size
+from vfio_user.device_models.regions import SharedMemory, StreamedMemory, parse_size
 from vfio_user.device_models.registers import Register, RegisterFile
 from vfio_user.device_models.state import Apply, Fields, Reader, Section
 
@@ -67,8 +67,8 @@ class _Registers(RegisterFile):
 class _Memory(StreamedMemory):
     """Memory that fails on demand."""
 
-    def __init__(self, size: int, fail_at: Callable[[str], None]) -> None:
-        super().__init__(size)
+    def __init__(self, memory: SharedMemory, fail_at: Callable[[str], None]) -> None:
+        super().__init__(memory)
         self._fail_at = fail_at
 
     def start_log(self) -> None:
@@ -121,8 +121,11 @@ class Faulty(PciDevice):
                 "TIMER_RAISES": self._set_timer,
             },
         )
-        large = {2: Bar(_Memory(memory, self._fail_at), wide=True, prefetchable=True)} if memory else {}
-        super().__init__(host, {0: Bar(self.registers)} | large, msi_vectors=1, msix_vectors=1)
+        bars = {0: Bar(self.registers)}
+        if memory:
+            failing = _Memory(host.allocate_memory(memory), self._fail_at)
+            bars[2] = Bar(failing, wide=True, prefetchable=True)
+        super().__init__(host, bars, msi_vectors=1, msix_vectors=1)
 
     def _fail_at(self, place: str) -> None:
         if self.fail.removesuffix("-once") == place:

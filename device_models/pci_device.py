@@ -12,6 +12,13 @@ from vfio_user.device_models.state import Section
 from vfio_user.device_models.state_memory import StateMemory
 
 
+def memory_bar(host: Host, index: int, size: int) -> dict[int, pci.Bar]:
+    """A 64-bit prefetchable BAR of `size` bytes of streamed memory, by its index; none if `size` is 0."""
+    if not size:
+        return {}
+    return {index: pci.Bar(StreamedMemory(host.allocate_memory(size)), wide=True, prefetchable=True)}
+
+
 class PciDevice(Device):
     """A device that is built from an identity, its BARs and the interrupts that it can use.
 

@@ -110,10 +110,11 @@ class RamRegion(Region):
 class StreamedMemory(Region):
     """Plain memory that is a `StateMemory` too. The VMM cannot map it, so that every write is known."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self._view = memoryview(bytearray(size))
-        self._log = WriteLog(size)
+    def __init__(self, memory: SharedMemory) -> None:
+        """`memory` is not shown to the VMM; made by the host, it costs nothing where nothing is written."""
+        super().__init__(len(memory.view))
+        self._view = memory.view
+        self._log = WriteLog(self.size)
 
     @property
     def view(self) -> memoryview:

@@ -3,8 +3,8 @@
 
 from vfio_user.device_models.device import DmaError, Host, Option, pause
 from vfio_user.device_models.pci import Bar, Identity
-from vfio_user.device_models.pci_device import PciDevice
-from vfio_user.device_models.regions import RamRegion, StreamedMemory, parse_size
+from vfio_user.device_models.pci_device import PciDevice, memory_bar
+from vfio_user.device_models.regions import RamRegion, parse_size
 from vfio_user.device_models.registers import Register, RegisterFile
 
 BUSY, DONE, FAILED = 1, 2, 4
@@ -28,8 +28,8 @@ class Scratch(PciDevice):
         hooks = {"DOORBELL": self._ring, "STATUS": self._acknowledge}
         self.registers = RegisterFile(0x1000, REGISTERS, on_write=hooks, background=RamRegion(0x1000))
         self.source, self.target, self.length, self.copied, _, self.status = self.registers.cells
-        large = {2: Bar(StreamedMemory(memory), wide=True, prefetchable=True)} if memory else {}
-        super().__init__(host, {0: Bar(self.registers)} | large, msi_vectors=1, msix_vectors=1)
+        bars = {0: Bar(self.registers)} | memory_bar(host, 2, memory)
+        super().__init__(host, bars, msi_vectors=1, msix_vectors=1)
 
     def _ring(self, _index: int, _value: int) -> None:
         if not self.status.value & BUSY:

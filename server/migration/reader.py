@@ -5,6 +5,7 @@ The bytes are anybody's. Memory stays bounded by the device's own size and 1 MiB
 names, order, sizes and offsets are checked as they come, and only what leaves nothing open is given out.
 """
 
+import mmap
 import struct
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -183,7 +184,8 @@ class StreamReader:
             raise StateError(name, "", "this device has no such memory")
         if offset or length != size:
             raise StateError(name, "size", f"{length} bytes from {offset}, not the {size} of this device")
-        self._staged.memories[name] = memoryview(bytearray(size))
+        # Anonymous memory is zero, and costs nothing where nothing is written.
+        self._staged.memories[name] = memoryview(mmap.mmap(-1, size))
 
     def _memory(self, record: _Record) -> Parser:
         _check_length(record, MEMORY.size + 1, MEMORY.size + BLOCK)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
-from vfio_user.device_models.fake_host import FakeHost
+from vfio_user.device_models.fake_host import FakeHost, FakeMemory
 from vfio_user.device_models.pci import Bar, Identity
 from vfio_user.device_models.pci_device import PciDevice
 from vfio_user.device_models.regions import StreamedMemory
@@ -63,7 +63,7 @@ class Fragile(PciDevice):
 
 class _FragileMemory(StreamedMemory):
     def __init__(self, size: int, fail_at: Callable[[str], None]) -> None:
-        super().__init__(size)
+        super().__init__(FakeMemory(size))
         self._fail_at = fail_at
 
     def take(self, limit: int) -> tuple[int, int] | None:
@@ -612,7 +612,7 @@ def test_memory_of_before_comes_back_by_copy_where_it_cannot_be_swapped() -> Non
             return {"shared": self.shared}
 
         def __init__(self, host: FakeHost) -> None:
-            self.shared = Copying(SIZE)
+            self.shared = Copying(host.allocate_memory(SIZE))
             super().__init__(host)
 
     def make(host: FakeHost) -> Shared:

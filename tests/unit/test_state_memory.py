@@ -5,11 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vfio_user.device_models.fake_host import FakeMemory
 from vfio_user.device_models.regions import StreamedMemory, parse_size
 from vfio_user.device_models.state_memory import PAGE
 
 PAGES = 9
 SIZE = PAGES * PAGE - 100  # the last page is shorter
+
+
+def make(size: int) -> StreamedMemory:
+    return StreamedMemory(FakeMemory(size))
 
 
 def taken(memory: StreamedMemory, limit: int = 1 << 20) -> list[tuple[int, int]]:
@@ -20,7 +25,7 @@ def taken(memory: StreamedMemory, limit: int = 1 << 20) -> list[tuple[int, int]]
 
 
 def test_only_what_was_ever_written_is_streamed_at_first() -> None:
-    memory = StreamedMemory(16 * PAGE)
+    memory = make(16 * PAGE)
     memory.write(3 * PAGE - 1, b"xx")
     memory.write(15 * PAGE, b"x")
     assert (memory.pending, memory.take(PAGE)) == (0, None)
@@ -38,7 +43,7 @@ def test_only_what_was_ever_written_is_streamed_at_first() -> None:
 
 
 def test_a_range_is_no_larger_than_asked_for_but_at_least_a_page() -> None:
-    memory = StreamedMemory(SIZE)
+    memory = make(SIZE)
     memory.write(0, bytes(SIZE))
     memory.start_log()
     sizes = [memory.take(limit) for limit in (1, PAGE, 3 * PAGE - 1, 1 << 30)]
@@ -47,7 +52,7 @@ def test_a_range_is_no_larger_than_asked_for_but_at_least_a_page() -> None:
 
 
 def test_a_place_that_is_written_all_the_time_starves_no_other() -> None:
-    memory = StreamedMemory(4 * PAGE)
+    memory = make(4 * PAGE)
     memory.start_log()
     memory.write(2 * PAGE, b"x")
     seen = set()
@@ -60,7 +65,7 @@ def test_a_place_that_is_written_all_the_time_starves_no_other() -> None:
 
 
 def test_a_reset_while_streaming_is_streamed_as_zeros_and_forgotten_later() -> None:
-    memory = StreamedMemory(4 * PAGE)
+    memory = make(4 * PAGE)
     memory.write(PAGE, b"secret")
     memory.start_log()
     assert taken(memory) == [(PAGE, PAGE)]
@@ -74,7 +79,7 @@ def test_a_reset_while_streaming_is_streamed_as_zeros_and_forgotten_later() -> N
 
 
 def test_adopted_memory_takes_the_place_without_a_copy() -> None:
-    memory = StreamedMemory(2 * PAGE)
+    memory = make(2 * PAGE)
     memory.write(0, b"old")
     new = bytearray(2 * PAGE)
     new[5] = 7
@@ -89,7 +94,7 @@ def test_adopted_memory_takes_the_place_without_a_copy() -> None:
 
 
 def test_memory_that_does_not_fit_is_not_adopted() -> None:
-    memory = StreamedMemory(PAGE)
+    memory = make(PAGE)
     for wrong in (memoryview(bytes(PAGE)), memoryview(bytearray(PAGE + 1))):
         with pytest.raises(ValueError, match="cannot take the place"):
             memory.adopt(wrong)
@@ -108,7 +113,7 @@ def test_memory_that_does_not_fit_is_not_adopted() -> None:
 )
 def test_copying_what_is_given_makes_an_equal_memory(actions: list[tuple[str, int, int]]) -> None:
     """At any moment: what was copied, and what is still to be given, are all of it."""
-    memory, copy = StreamedMemory(SIZE), bytearray(SIZE)
+    memory, copy = make(SIZE), bytearray(SIZE)
     memory.write(PAGE, b"before")
     memory.start_log()
 
