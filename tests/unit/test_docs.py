@@ -15,9 +15,11 @@ from vfio_user.cli import docs
 from vfio_user.cli.main import COMMANDS as SUBCOMMANDS
 from vfio_user.cli.main import main
 from vfio_user.device_models.e1000.packet_buffer import CAPACITY
+from vfio_user.protocol.bitmaps import MIN_PAGE_SIZE
 from vfio_user.protocol.capabilities import MAX_TEXT
 from vfio_user.protocol.commands import COMMANDS
 from vfio_user.protocol.constants import MESSAGE_OVERHEAD
+from vfio_user.server.dirty_tracking import MAX_MEMORY
 from vfio_user.server.dma_table import MAX_MAPPED
 from vfio_user.server.engines.native import Settings
 from vfio_user.server.message_dma import WINDOW
@@ -180,6 +182,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         "DMA regions": f"{settings.max_dma_maps:,}",
         "client memory that is mapped": f"{MAX_MAPPED >> 40} TiB, a quarter of",
         "descriptors in one message": f"{settings.max_msg_fds}",
+        "dirty log": f"{MAX_MEMORY >> 20} MiB of bitmaps: {MAX_MEMORY * 8 * MIN_PAGE_SIZE >> 40} TiB",
         "unsent replies": f"beyond {QUEUE_LIMIT >> 20} MiB",
         "DMA messages of one access under way": f"{WINDOW}",
         "frames that wait for a device": f"{CAPACITY >> 10} KiB in the e1000",
