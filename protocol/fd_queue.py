@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from vfio_user.protocol import codec
 from vfio_user.protocol import constants as c
+from vfio_user.protocol.codec_bodies import IRQ_SET_BODY
 from vfio_user.protocol.commands import BY_NUMBER
 from vfio_user.protocol.constants import Command, Role
 from vfio_user.protocol.events import Fd, close_all
 
-FD_LIMIT_BYTES: Final = c.HEADER_SIZE + codec.IRQ_SET_BODY.size
+FD_LIMIT_BYTES: Final = c.HEADER_SIZE + IRQ_SET_BODY.size
 """How much of a message `fd_limit` looks at."""
 
 
@@ -39,8 +39,8 @@ def fd_limit(role: Role, number: int, flags: int, body: bytes | bytearray) -> in
         return row.reply_fds[1] if row.sender is role else 0
     if kind != c.TYPE_COMMAND or row.sender is role:
         return 0
-    if row.command is Command.DEVICE_SET_IRQS and len(body) >= codec.IRQ_SET_BODY.size:
-        _, irq_flags, _, _, count = codec.IRQ_SET_BODY.unpack_from(body)
+    if row.command is Command.DEVICE_SET_IRQS and len(body) >= IRQ_SET_BODY.size:
+        _, irq_flags, _, _, count = IRQ_SET_BODY.unpack_from(body)
         return min(row.request_fds[1], count if irq_flags & c.IrqSetFlags.DATA_EVENTFD else 0)
     return row.request_fds[1]
 

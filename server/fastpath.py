@@ -12,7 +12,8 @@ import logging
 from collections.abc import Callable, Mapping
 
 from vfio_user.device_models.regions import Buffer, Region
-from vfio_user.protocol.codec import ACCESS_SIZE, HEADER, IRQ_SET_BODY, REGION_ACCESS, pack_error
+from vfio_user.protocol.codec import ACCESS_SIZE, HEADER, REGION_ACCESS, pack_error
+from vfio_user.protocol.codec_bodies import IRQ_SET_BODY
 from vfio_user.protocol.constants import (
     FLAG_NO_REPLY,
     HEADER_SIZE,

@@ -154,13 +154,17 @@ def test_random_bytes_parse_or_raise_a_remote_error(kind: type[m.Structure], bod
 
 
 @given(ANY_VALUE, st.data())
-def test_mutated_bytes_parse_or_raise_a_remote_error(value: m.Structure, data: st.DataObject) -> None:
+def test_mutated_bytes_parse_or_raise_a_remote_error_and_codec_agrees(
+    value: m.Structure, data: st.DataObject
+) -> None:
     wire = bytearray(layouts.build(value))
     for _ in range(data.draw(st.integers(1, 3))):
         if wire:
             wire[data.draw(st.integers(0, len(wire) - 1))] = data.draw(st.integers(0, 255))
     outcome = _outcome(layouts.parse, type(value), bytes(wire))
     assert outcome == errno.EINVAL or isinstance(outcome, type(value))
+    if isinstance(value, m.Message):
+        assert _outcome(codec.parse, type(value), bytes(wire)) == outcome
 
 
 @pytest.mark.parametrize(
