@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conformance import moving, wire
+from conformance import dirtying, moving, wire
 from conformance.holdings import holdings
 from conformance.models import Bells, Mappable, Nonsense, OneWay, Vectors
 from vfio_user.device_models.backends import NoneBackend
@@ -69,7 +69,11 @@ WRITE = st.builds(wire.region_write, REGION, U64, BYTES)
 BODIES: dict[int, st.SearchStrategy[bytes]] = {
     wire.VERSION: st.just(wire.version({})),
     wire.DMA_MAP: packed("=IIQQQ", st.just(32), st.sampled_from([3, 3, 1, 2, 0]), U64, U64, U64),
-    wire.DMA_UNMAP: packed("=IIQQ", U32, st.sampled_from([0, 0, 1, 2]), U64, U64),
+    wire.DMA_UNMAP: st.builds(
+        lambda head, bitmap: head + bitmap,
+        packed("=IIQQ", U32, st.sampled_from([0, 0, 1, 2]), U64, U64),
+        packed("=QQ", U64, U64),
+    ),
     wire.GET_INFO: packed("=IIII", U32, U32, U32, U32),
     wire.GET_REGION_INFO: packed("=IIIIQQ", U32, U32, REGION, U32, U64, U64),
     wire.GET_REGION_IO_FDS: packed("=IIII", U32, st.just(0), REGION, st.just(0)),
@@ -82,7 +86,7 @@ BODIES: dict[int, st.SearchStrategy[bytes]] = {
     wire.DMA_READ: packed("=QQ", U64, U64),
     wire.DMA_WRITE: packed("=QQ", U64, U64),
     wire.RESET: st.just(b""),
-    wire.DIRTY_PAGES: packed("=II", U32, U32),
+    wire.DIRTY_PAGES: packed("=IIQQQQ", U32, st.one_of(st.integers(0, 5), U32), U64, U64, U64, U64),
     wire.WRITE_MULTI: st.lists(
         st.tuples(st.sampled_from([0, 1, 7]), st.integers(0, 4096), st.binary(max_size=8)), max_size=4
     ).map(wire.write_multi),
@@ -92,6 +96,11 @@ BODIES: dict[int, st.SearchStrategy[bytes]] = {
 }
 PREFIX = struct.pack("<8sHHHB", b"vfiouser", 1, 0, 1, 7) + b"scratch"
 FLAG_SETS = [moving.GET, moving.SET, moving.PROBE, moving.PROBE | moving.GET, moving.GET | moving.SET]
+LOGGING_START = struct.pack("=II", 24, moving.SET | moving.LOGGING_START)
+LOGGING_REPORT = struct.pack("=II", 1 << 20, moving.GET | moving.LOGGING_REPORT)
+PLACES = st.integers(0, 16).map(lambda page: page * PAGE)
+SIZES = st.sampled_from([PAGE, 4 * PAGE, 16 * PAGE, 1 << 40])
+PAGE_SIZES = st.integers(11, 32).map(lambda shift: 1 << shift)
 USEFUL = {
     # bus master on; the scratch device's doorbell; the faulty device's tasks
     wire.REGION_WRITE: st.one_of(
@@ -113,12 +122,30 @@ USEFUL = {
         packed(
             "=IIII", U32, st.sampled_from([flags | n for flags in FLAG_SETS for n in range(10)]), U32, U32
         ),
+        PAGE_SIZES.map(lambda size: LOGGING_START + struct.pack("=QII", size, 0, 0)),
+        st.just(struct.pack("=II", 8, moving.SET | moving.LOGGING_STOP)),
+        st.builds(lambda *asked: LOGGING_REPORT + struct.pack("=QQQ", *asked), PLACES, SIZES, PAGE_SIZES),
     ),
     wire.MIG_DATA_READ: st.sampled_from([0, 1, 100, 4096, 1 << 20]).map(
         lambda size: struct.pack("=II", size + 8, size)
     ),
     wire.MIG_DATA_WRITE: st.sampled_from([b"", PREFIX, PREFIX[:10], PREFIX[10:], b"nonsense"]).map(
         lambda data: struct.pack("=II", 8, len(data)) + data
+    ),
+    wire.DIRTY_PAGES: st.one_of(
+        st.sampled_from([dirtying.START, dirtying.START, dirtying.STOP]).map(
+            lambda flag: struct.pack("=II", 8, flag)
+        ),
+        st.builds(dirtying.get_bitmap_body, PLACES, SIZES, PAGE_SIZES),
+    ),
+    wire.DMA_UNMAP: st.builds(
+        lambda place, size, page_size: (
+            wire.dma_unmap(place, size, wire.UNMAP_BITMAP, 4096)
+            + struct.pack("=QQ", page_size, dirtying.rounded(size, page_size))
+        ),
+        PLACES,
+        SIZES,
+        PAGE_SIZES,
     ),
     wire.DMA_MAP: st.integers(0, 3).map(lambda i: wire.dma_map(4 * i * PAGE, 4 * PAGE)),
 }
