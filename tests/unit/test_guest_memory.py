@@ -3,6 +3,7 @@
 
 import fcntl
 import os
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from vfio_user.device_models.device import DmaError
 from vfio_user.device_models.regions import Buffer
-from vfio_user.device_models.tasks import Completion, TaskRunner
+from vfio_user.device_models.tasks import Completion, Gate, TaskRunner
 from vfio_user.protocol.errors import VfioUserError
 from vfio_user.server.dirty import DirtyLog
 from vfio_user.server.dma_region import Access, DmaRegion
@@ -69,7 +70,8 @@ class Guest:
     def __init__(self) -> None:
         self.client = FakeClient()
         self.table = DmaTable()
-        self.dma = GuestMemory(self.table, MessageDma(self.client, 3000))
+        self.gate = Gate()
+        self.dma = GuestMemory(self.table, MessageDma(self.client, 3000, self.gate), self.gate)
         self.dma.enabled = True
         self.mapped = self.table.map(0, 4 * PAGE, memfd(4 * PAGE, fcntl.F_SEAL_SHRINK))
         self.file_fd = memfd(4 * PAGE, 0)
@@ -283,7 +285,7 @@ def test_segments_are_under_way_together_and_answered_in_any_order(guest: Guest)
 
 def test_the_window_bounds_what_is_under_way(guest: Guest) -> None:
     guest.client.automatic = False
-    guest.dma.messages = MessageDma(guest.client, 10)
+    guest.dma.messages = MessageDma(guest.client, 10, guest.gate)
     for work in (guest.dma.read(8 * PAGE, 1000), guest.dma.write(8 * PAGE, bytes(1000))):
         task = Waiting(work)
         answered = 0
@@ -393,3 +395,86 @@ def test_against_plain_bytes(writes: list[tuple[int, bytes]], reads: list[tuple[
             assert at_once(guest.dma.read(address, length)) == data
     finally:
         guest.close()
+
+
+def queue(*segments: tuple[int, bytes]) -> deque[tuple[int, Buffer]]:
+    return deque(segments)
+
+
+def test_what_was_written_leaves_the_queue_at_once_where_memory_is_at_hand(guest: Guest) -> None:
+    for address in (0, 4 * PAGE):
+        segments = queue((address, b"one"), (address + 10, b"two"))
+        at_once(guest.dma.write_each(segments))
+        assert not segments
+        assert content(guest.table.find(address), 0, 13) == b"one" + bytes(7) + b"two"  # type: ignore[arg-type]
+
+
+def test_what_was_written_by_message_leaves_the_queue_with_its_answer(guest: Guest) -> None:
+    guest.client.automatic = False
+    segments = queue((0, b"m"), (8 * PAGE, b"a" * 7000), (9 * PAGE, b"b"), (1, b"n"), (10 * PAGE, b"c"))
+    task = Waiting(guest.dma.write_each(segments))
+    left = []
+    while task.result is None:
+        left.append("".join(chr(data[0]) for _, data in segments))
+        guest.client.held.pop(0)()
+        task.run()
+    assert left == ["abnc", "abnc", "abnc", "bnc", "c"]
+    assert task.result == ("done", None)
+    assert not segments
+
+
+def test_what_could_not_be_written_stays_in_the_queue(guest: Guest) -> None:
+    segments = queue((0, b"x"), (8 * PAGE, b"y"), (20 * PAGE, b"z"), (1, b"w"))
+    dma_error(guest.dma.write_each(segments))
+    assert (20 * PAGE, b"z") in segments
+    assert (0, b"x") not in segments
+
+
+def shut(guest: Guest) -> None:
+    guest.gate.close()
+    guest.dma.take_no_short_way()
+
+
+ACCESSES: dict[str, Callable[[GuestMemory, int], Coroutine[Any, Any, Any]]] = {
+    "read": lambda dma, address: dma.read(address, 4),
+    "write": lambda dma, address: dma.write(address, b"data"),
+    "read_many": lambda dma, address: dma.read_many([(address, 4), (address + 100, 4)]),
+    "write_many": lambda dma, address: dma.write_many([(address, b"data"), (address + 100, b"data")]),
+    "write_each": lambda dma, address: dma.write_each(queue((address, b"data"), (address + 100, b"data"))),
+}
+
+
+@pytest.mark.parametrize("access", ACCESSES)
+@pytest.mark.parametrize("address", [0, 4 * PAGE, 8 * PAGE], ids=["mapped", "file", "message"])
+def test_nothing_passes_while_the_gate_is_closed(guest: Guest, access: str, address: int) -> None:
+    at_once(guest.dma.read(0, 1))  # the short way is known
+    shut(guest)
+    task = Waiting(ACCESSES[access](guest.dma, address))
+    assert (task.result, guest.client.log) == (None, [])
+    assert content(guest.mapped, 0, 4) == bytes(4)
+    guest.gate.open()
+    shut(guest)  # before the task has run again
+    assert (task.run(), guest.client.log) == (None, [])
+    guest.gate.open()
+    assert task.run()[0] == "done"
+    del task  # it may hold views
+    assert access.startswith("read") or content(guest.mapped, 0, 4) == (bytes(4) if address else b"data")
+
+
+def test_a_gate_that_closes_while_messages_are_under_way_lets_no_more_through(guest: Guest) -> None:
+    guest.client.automatic = False
+    guest.dma.messages = MessageDma(guest.client, 10, guest.gate)
+    for work in (guest.dma.read(8 * PAGE, 1000), guest.dma.write(8 * PAGE, bytes(1000))):
+        guest.client.log.clear()
+        task = Waiting(work)
+        shut(guest)
+        while guest.client.held:
+            guest.client.held.pop(0)()
+            task.run()
+        assert (len(guest.client.log), task.result) == (WINDOW, None)
+        guest.gate.open()
+        task.run()
+        while guest.client.held:
+            guest.client.held.pop(0)()
+            task.run()
+        assert (len(guest.client.log), task.result[0]) == (100, "done")
