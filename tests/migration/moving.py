@@ -51,6 +51,7 @@ class Server:
         self.path = path
         self.native = native
         self._stack = stack
+        self._scope = trio.CancelScope()
         self._leave = trio.Event()
         self._gone = trio.Event()
 
@@ -62,21 +63,33 @@ class Server:
     def counted(self, name: str) -> int:
         return self.native.counters()[name]
 
-    async def close(self) -> None:
-        """End it, as if it had been killed."""
+    def kill(self) -> None:
+        """End it, as soon as it is its turn."""
         self._leave.set()
+
+    def hang(self) -> None:
+        """From now on it does nothing, and stays."""
+        self._scope.cancel()
+
+    async def close(self) -> None:
+        """End it, and wait until everything is released."""
+        self.kill()
         await self._gone.wait()
 
     async def hold(self, listener: Listener) -> None:
         try:
             self.native.listen(listener)
             async with background() as nursery:
-                nursery.start_soon(self.native.run)
+                nursery.start_soon(self._run)
                 await self._leave.wait()
         finally:
             self._stack.close()
             listener.close()
             self._gone.set()
+
+    async def _run(self) -> None:
+        with self._scope:
+            await self.native.run()
 
 
 class Yard:
