@@ -16,30 +16,27 @@ import errno
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import trio
 
 from vfio_user.client.background import background
+from vfio_user.client.call import Call, owned_fds
+from vfio_user.client.device_commands import DeviceCommands
 from vfio_user.client.dma_target import DmaTarget, NoDma
-from vfio_user.client.link import Call, Link, owned_fds
-from vfio_user.client.mapping import MappedRegion
+from vfio_user.client.link import Link
 from vfio_user.client.memory import RamRange
 from vfio_user.client.migration_commands import MigrationCommands
 from vfio_user.protocol import capabilities
 from vfio_user.protocol import messages as m
 from vfio_user.protocol.constants import (
-    DEVICE_INFO_SIZE,
     HEADER_SIZE,
-    REGION_INFO_SIZE,
-    REGION_IO_FDS_SIZE,
     DmaUnmapFlags,
 )
 from vfio_user.protocol.errors import DeviceError, RemoteProtocolError, VfioUserError
 from vfio_user.protocol.events import Reply
 from vfio_user.transport.channel import Buffer, Channel
-from vfio_user.transport.fds import OwnedFd, close_all
+from vfio_user.transport.fds import close_all
 
 ReplyT = TypeVar("ReplyT", bound=m.Message)
 
@@ -50,29 +47,16 @@ DEFAULT_VERSION = capabilities.Version(
 )
 """As QEMU's client proposes, but with the specification's minor version."""
 
-_MAX_ARGSZ = 1 << 20  # a server that says it needs more than this for an info reply is wrong
 
-
-@dataclass(frozen=True, slots=True)
-class RegionIoFds:
-    """The answer to GET_REGION_IO_FDS; `fds` are the receiver's to close."""
-
-    sub_regions: tuple[m.SubRegion, ...]
-    fds: tuple[OwnedFd, ...]
-
-    def close(self) -> None:
-        close_all(self.fds)
-
-
-class Client(MigrationCommands):
+class Client(DeviceCommands, MigrationCommands):
     """One connection. Make it with `open_client` or `open_client_on`."""
 
     def __init__(self, link: Link, dma: DmaTarget) -> None:
+        super().__init__()
         self.link = link
         self.dma = dma
         self.session: capabilities.Session | None = None
         """What was negotiated."""
-        self._region_fds: dict[int, list[OwnedFd]] = {}
 
     # Any request
 
@@ -141,48 +125,6 @@ class Client(MigrationCommands):
 
     async def dma_unmap_all(self) -> m.DmaUnmapReply:
         return await self.ask(m.DmaUnmapRequest(DmaUnmapFlags.ALL, 0, 0), m.DmaUnmapReply)
-
-    # 4 to 7: what the device is
-
-    async def get_info(self) -> m.DeviceGetInfoReply:
-        return await self.ask(m.DeviceGetInfoRequest(DEVICE_INFO_SIZE), m.DeviceGetInfoReply)
-
-    async def get_region_info(self, index: int) -> m.DeviceGetRegionInfoReply:
-        """Size, flags and capabilities. The region's descriptors are kept for `map_region`."""
-        reply = await self._get_region_info(index, REGION_INFO_SIZE)
-        if reply.argsz > REGION_INFO_SIZE:
-            reply = await self._get_region_info(index, _checked(reply.argsz))
-        return reply
-
-    async def _get_region_info(self, index: int, argsz: int) -> m.DeviceGetRegionInfoReply:
-        reply = await self.request(m.DeviceGetRegionInfoRequest(index, argsz))
-        close_all(self._region_fds.pop(index, ()))
-        self._region_fds[index] = owned_fds(reply)
-        assert isinstance(reply.body, m.DeviceGetRegionInfoReply)
-        return reply.body
-
-    async def map_region(self, index: int) -> MappedRegion:
-        """Map what the region lets us map. ValueError when that is nothing."""
-        info = await self.get_region_info(index)
-        return MappedRegion(info, self._region_fds[index])
-
-    async def get_region_io_fds(self, index: int) -> RegionIoFds:
-        """The places of the region whose writes may go by an eventfd."""
-        found = await self._get_region_io_fds(index, REGION_IO_FDS_SIZE)
-        if found[0].argsz > REGION_IO_FDS_SIZE and not found[0].sub_regions:
-            found[1].close()
-            found = await self._get_region_io_fds(index, _checked(found[0].argsz))
-        return found[1]
-
-    async def _get_region_io_fds(
-        self, index: int, argsz: int
-    ) -> tuple[m.DeviceGetRegionIoFdsReply, RegionIoFds]:
-        reply = await self.request(m.DeviceGetRegionIoFdsRequest(index, argsz))
-        assert isinstance(reply.body, m.DeviceGetRegionIoFdsReply)
-        return reply.body, RegionIoFds(reply.body.sub_regions, tuple(owned_fds(reply)))
-
-    async def get_irq_info(self, index: int) -> m.DeviceGetIrqInfoReply:
-        return await self.ask(m.DeviceGetIrqInfoRequest(index), m.DeviceGetIrqInfoReply)
 
     # 8 SET_IRQS, 13 DEVICE_RESET
 
@@ -265,15 +207,7 @@ class Client(MigrationCommands):
     def close(self) -> None:
         """End the connection and close every descriptor that came with it."""
         self.link.close()
-        for fds in self._region_fds.values():
-            close_all(fds)
-        self._region_fds.clear()
-
-
-def _checked(argsz: int) -> int:
-    if argsz > _MAX_ARGSZ:
-        raise RemoteProtocolError(f"the server says that its reply needs {argsz} bytes")
-    return argsz
+        self.close_region_fds()
 
 
 @contextlib.asynccontextmanager

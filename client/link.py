@@ -14,15 +14,16 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
+from vfio_user.client.call import Call, FdNumber, owned_fds
 from vfio_user.client.errors import RemoteError, ReplyTimeout
 from vfio_user.protocol.commands import BY_REQUEST
 from vfio_user.protocol.connection import Connection
-from vfio_user.protocol.constants import Command, Role
+from vfio_user.protocol.constants import Role
 from vfio_user.protocol.errors import RemoteProtocolError, StreamLost, VfioUserError
 from vfio_user.protocol.events import BadReply, ErrorReply, Event, Outgoing, Rejected, Reply, Request
 from vfio_user.protocol.messages import Message
 from vfio_user.transport.channel import Buffer, Channel, PeerGone
-from vfio_user.transport.fds import OwnedFd, close_all
+from vfio_user.transport.fds import close_all
 
 logger = logging.getLogger(__name__)
 
@@ -30,31 +31,6 @@ Serve = Callable[[Message], Message]
 """Answers a request of the server; a VfioUserError becomes an error reply."""
 
 _FAIR_AFTER = 32  # replies that a spinning caller may take before the other tasks get a turn
-
-
-class Call:
-    """One request under way. `result` is set when it is over; `task` is who sleeps for it."""
-
-    __slots__ = ("abandoned", "command", "deadline", "result", "task")
-
-    def __init__(self, command: Command, deadline: float) -> None:
-        self.command = command
-        self.deadline = deadline
-        self.result: Reply | VfioUserError | None = None
-        self.task: trio.lowlevel.Task | None = None
-        self.abandoned = False
-
-
-class _FdNumber:
-    """A descriptor that stays the caller's, as `Connection.request` wants to see it."""
-
-    __slots__ = ("fd",)
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def close(self) -> None:
-        """Nothing: it is borrowed."""
 
 
 class Link:
@@ -81,7 +57,7 @@ class Link:
     def begin(self, body: Message, fds: Sequence[int] = ()) -> Call:
         """Send a request now; `finish` waits for its reply. LocalProtocolError when it is not allowed."""
         self.check_open()
-        message_id, outgoing = self.connection.request(body, tuple(map(_FdNumber, fds)))
+        message_id, outgoing = self.connection.request(body, tuple(map(FdNumber, fds)))
         call = Call(BY_REQUEST[type(body)].command, trio.current_time() + self.timeout)
         self._calls[message_id] = call
         self._send(outgoing, fds)
@@ -104,7 +80,7 @@ class Link:
     def post(self, body: Message, fds: Sequence[int] = ()) -> None:
         """Send a command that gets no reply (NO_REPLY)."""
         self.check_open()
-        _, outgoing = self.connection.request(body, tuple(map(_FdNumber, fds)), no_reply=True)
+        _, outgoing = self.connection.request(body, tuple(map(FdNumber, fds)), no_reply=True)
         self._send(outgoing, fds)
 
     def send_raw(self, buffers: Sequence[Buffer], fds: Sequence[int] = ()) -> None:
@@ -304,8 +280,3 @@ class Link:
         with contextlib.suppress(RuntimeError, ValueError):  # no trio runs, or closed before: nobody waits
             trio.lowlevel.notify_closing(self._channel.fileno())
         self._channel.close()
-
-
-def owned_fds(event: Reply | Request) -> list[OwnedFd]:
-    """The descriptors of an event: the channel makes nothing but `OwnedFd`."""
-    return [fd for fd in event.fds if isinstance(fd, OwnedFd)]
