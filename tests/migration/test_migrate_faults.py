@@ -327,11 +327,11 @@ async def test_anything_may_fail_at_any_time(tmp_path: Path) -> None:
 
 async def one_attempt(scene: Scene, plan: Plan) -> bool:
     """Whether it is known where the guest runs now, and can be moved from there."""
-    report = await try_plan(scene, plan)
+    report, struck = await try_plan(scene, plan)
     print(plan, report)
-    lost = plan.action in ("kill", "hang", "unplug")
+    lost = struck and plan.action in ("kill", "hang", "unplug")
     await scene.check(report, dead=scene.there if lost else None)
-    if plan.action == "unplug":  # whole or not, it runs nothing
+    if struck and plan.action == "unplug":  # whole or not, it runs nothing
         await wait_until(lambda: not scene.there.native.host.running)
     if report.outcome is Outcome.COMPLETED and not lost:
         await scene.source.close()
@@ -342,20 +342,28 @@ async def one_attempt(scene: Scene, plan: Plan) -> bool:
     return True
 
 
-async def try_plan(scene: Scene, plan: Plan) -> Report:
-    actions: dict[str, Callable[[], None]] = {
-        "kill": scene.there.kill,
-        "hang": scene.there.hang,
-        "unplug": scene.destination.vmm.client.close,
-    }
+async def try_plan(scene: Scene, plan: Plan) -> tuple[Report, bool]:
+    """The report, and whether the migration has come to the step where something was to happen."""
+    struck = False
+
+    def progress(now: Progress) -> None:
+        nonlocal struck
+        if now.step is plan.step and not struck:
+            struck = True
+            actions[plan.action]()
+
     migration = Migration(
         scene.source.vmm,
         scene.destination.vmm,
         guest=scene.guest,
         limits=Limits(rounds=plan.rounds, recovery=3),
         options=plan.options,
-        progress=at(plan.step, actions.get(plan.action) or (lambda: migration.cancel()))
-        if plan.step
-        else lambda _: None,
+        progress=progress,
     )
-    return await migration.run()
+    actions: dict[str, Callable[[], None]] = {
+        "kill": scene.there.kill,
+        "hang": scene.there.hang,
+        "unplug": scene.destination.vmm.client.close,
+        "cancel": migration.cancel,
+    }
+    return await migration.run(), struck
