@@ -219,12 +219,12 @@ class Tour:
         await self._guest.run(self.traffic.check_statistics)
         await self._guest.run(self.nic.stop)
         await self._count_stay()
-        report = self._report(self._traffic)
+        report = self._report(self._traffic, await self.home.server.ask_counters())
         if problem := report.problem():
             raise TourError(problem)
         return report
 
-    def _report(self, traffic: BulkReport) -> TourReport:
+    def _report(self, traffic: BulkReport, card: Mapping[str, int]) -> TourReport:
         meter = self.meter
         return TourReport(
             moves=tuple(self.moves),
@@ -232,6 +232,7 @@ class Tour:
             beacons=self.traffic.beacons,
             driver=self.nic.counters,
             counted=self._counted,
+            card=card,
             switched=self._switched,
             rates=tuple(meter.rates),
             silence=meter.silence * 1000,

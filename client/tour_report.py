@@ -11,7 +11,8 @@ from vfio_user.client.migration.report import Report
 
 BUCKET = 0.01
 """Seconds: the resolution of the rate of frames."""
-_NEVER = ("net_sent_dropped", "net_sent_malformed", "net_received_dropped", "dma_errors")
+_NEVER = ("net_sent_dropped", "net_sent_malformed", "net_received_dropped")
+_NEVER_BY_CARD = ("received_dropped", "received_missed", "transmitted_malformed", "dma_errors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +41,17 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class TourReport:
-    """`counted` is the sum of what each server has counted while the guest was with it. `switched` are the
-    frames that came to the switch, `beacons` those that it sent unasked, and `rates` those that came back
-    and were verified in each `BUCKET` since the begin."""
+    """`counted` is the sum of what each server has counted while the guest was with it; `card` is what the
+    card itself says in the end, which is a part of its state. `switched` are the frames that came to the
+    switch, `beacons` those that it sent unasked, and `rates` those that came back and were verified in each
+    `BUCKET` since the begin."""
 
     moves: tuple[Move, ...]
     traffic: BulkReport
     beacons: int
     driver: DriverCounters
     counted: Mapping[str, int]
+    card: Mapping[str, int]
     switched: int
     rates: tuple[int, ...]
     silence: float
@@ -61,6 +64,7 @@ class TourReport:
         wrong = [
             f"{name} {self.counted[name]}, not {n}" for name, n in expected.items() if self.counted[name] != n
         ]
+        wrong += [f"{name} {self.card[name]}, not 0" for name in _NEVER_BY_CARD if self.card[name]]
         if self.switched != sent:
             wrong.append(f"{self.switched} frames at the switch, not {sent}")
         return f"over all moves: {', '.join(wrong)}" if wrong else ""

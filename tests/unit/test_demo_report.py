@@ -30,8 +30,8 @@ COUNTED = {
     "net_sent_dropped": 0,
     "net_sent_malformed": 0,
     "net_received_dropped": 0,
-    "dma_errors": 0,
 }
+CARD = {"received_dropped": 0, "received_missed": 0, "transmitted_malformed": 0, "dma_errors": 0}
 MOVES = (
     Move("A", "B", ("v2", "v1"), MIGRATION, 0.2, 0.7, 0.9, 60, 3),
     Move("B", "A", ("v1", "v2"), MIGRATION, 1.1, 1.6, 1.8, 30, 0),
@@ -42,6 +42,7 @@ REPORT = TourReport(
     beacons=40,
     driver=DriverCounters(frames_sent=100, frames_received=140),
     counted=COUNTED,
+    card=CARD,
     switched=100,
     rates=(0, 0, *[5] * 180),
     silence=118.0,
@@ -62,6 +63,11 @@ def test_figures_that_agree() -> None:
 def test_figures_of_servers_that_differ_are_named(name: str) -> None:
     wrong = replace(REPORT, counted=COUNTED | {name: COUNTED[name] + 1})
     assert f"{name} {COUNTED[name] + 1}, not {COUNTED[name]}" in wrong.problem()
+
+
+@pytest.mark.parametrize("name", list(CARD))
+def test_what_the_card_itself_has_lost_is_named(name: str) -> None:
+    assert f"{name} 2, not 0" in replace(REPORT, card=CARD | {name: 2}).problem()
 
 
 def test_frames_that_are_missing_at_the_switch() -> None:
