@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
-from enum import Enum
 from typing import NoReturn
 
 from vfio_user.protocol import codec
@@ -46,17 +45,12 @@ from vfio_user.protocol.events import (
     Request,
     close_all,
 )
-from vfio_user.protocol.fd_queue import FD_LIMIT_BYTES, FdQueue, Frame, fd_limit
+from vfio_user.protocol.exchange import Exchange
+from vfio_user.protocol.fd_queue import FD_LIMIT_BYTES, FdQueue, Frame, Taken, fd_limit
 from vfio_user.protocol.messages import Message, Payload
 from vfio_user.protocol.receive_buffer import ReceiveBuffer
 
 _FAR = 1 << 64
-
-
-class _Version(Enum):
-    MISSING = 0
-    ASKED = 1
-    AGREED = 2
 
 
 class Connection(ReceiveBuffer):
@@ -70,10 +64,7 @@ class Connection(ReceiveBuffer):
         self.max_receive_fds = c.SCM_MAX_FD
         self.max_send_fds = c.SCM_MAX_FD
         self._fds = FdQueue()
-        self._version = _Version.MISSING
-        self._pending: dict[int, Command] = {}
-        self._owed: dict[tuple[int, int], int] = {}
-        self._next_id = 0
+        self._exchange = Exchange(role)
         self._lost = ""
 
     @property
@@ -84,18 +75,17 @@ class Connection(ReceiveBuffer):
     @property
     def negotiated(self) -> bool:
         """Whether VERSION has been answered without an error."""
-        return self._version is _Version.AGREED
+        return self._exchange.negotiated
 
     @property
     def pending(self) -> int:
         """How many of our requests wait for their reply."""
-        return len(self._pending)
+        return len(self._exchange.pending)
 
     def close(self) -> None:
         """Close the file descriptors that no event has handed out. The connection is lost afterwards."""
         self._fds.close()
-        self._pending.clear()
-        self._owed.clear()
+        self._exchange.clear()
         self._lost = self._lost or "the connection has been closed"
 
     # Receiving
@@ -152,13 +142,11 @@ class Connection(ReceiveBuffer):
         if available < size or (self._fds.undecided and self._fds.must_wait(next(self._frames()))):
             return None
         self.start = start + size
-        fds, refused = self._fds.take(self.position + start)
+        taken = self._fds.take(self.position + start)
         body = self.lend(start + c.HEADER_SIZE, start + size)
         if flags & c.TYPE_MASK == c.TYPE_REPLY:
-            return self._on_reply(
-                message_id, number, error if flags & c.FLAG_ERROR else None, body, fds, refused
-            )
-        return self._on_command(message_id, number, flags, body, fds, refused)
+            return self._on_reply(message_id, number, error if flags & c.FLAG_ERROR else None, body, taken)
+        return self._on_command(message_id, number, flags, body, taken)
 
     def _lose(self, reason: str) -> NoReturn:
         self._lost = reason
@@ -188,26 +176,18 @@ class Connection(ReceiveBuffer):
         received = self.buffer[index + c.HEADER_SIZE : min(index + min(size, FD_LIMIT_BYTES), self.end)]
         return fd_limit(self.role, number, flags, received)
 
-    def _on_command(
-        self,
-        message_id: int,
-        number: int,
-        flags: int,
-        body: bytes | memoryview,
-        fds: tuple[Fd, ...],
-        refused: bool,
-    ) -> Event:
+    def _on_command(self, message_id: int, number: int, flags: int, body: Payload, taken: Taken) -> Event:
+        fds, refused = taken
         no_reply = bool(flags & c.FLAG_NO_REPLY)
         if not no_reply:
-            self._owed[message_id, number] = self._owed.get((message_id, number), 0) + 1
+            self._exchange.owe(message_id, number)
         try:
             row = self._check_command(number, flags, refused)
             message = codec.parse(row.request, body)
         except RemoteProtocolError as error:
             close_all(fds)
             return Rejected(message_id, number, no_reply, error.errno, error.reason)
-        if row.command is Command.VERSION:
-            self._version = _Version.ASKED
+        self._exchange.accept(row.command)
         return Request(message_id, row.command, no_reply, message, fds)
 
     def _check_command(self, number: int, flags: int, refused: bool) -> Row:
@@ -222,31 +202,17 @@ class Connection(ReceiveBuffer):
             (refused, "more file descriptors than this message may have"),
             # What was agreed is in the reply alone (specification: "VFIO_USER_VERSION").
             (version and flags & c.FLAG_NO_REPLY, "it has to be answered, and asks for no reply"),
-            (*self._out_of_order(row.command),),
+            self._exchange.out_of_order(row.command),
         ):
             if wrong:
                 raise RemoteProtocolError(f"{name}: {reason}")
         return row
 
-    def _out_of_order(self, command: Command) -> tuple[bool, str]:
-        if command is Command.VERSION:
-            again = self._version is not _Version.MISSING or bool(self.role is Role.CLIENT)
-            return again, "the version has been negotiated already"
-        least = _Version.ASKED if self.role is Role.SERVER else _Version.AGREED
-        return self._version.value < least.value, "no version has been negotiated yet"
-
     def _on_reply(
-        self,
-        message_id: int,
-        number: int,
-        error: int | None,
-        body: bytes | memoryview,
-        fds: tuple[Fd, ...],
-        refused: bool,
+        self, message_id: int, number: int, error: int | None, body: Payload, taken: Taken
     ) -> Event:
-        command = self._pending.pop(message_id, None)
-        if command is Command.VERSION:
-            self._version = _Version.MISSING
+        fds, refused = taken
+        command = self._exchange.answered(message_id)
         try:
             if command is None or command != number or refused:
                 raise RemoteProtocolError(_reply_trouble(command, number))
@@ -257,7 +223,7 @@ class Connection(ReceiveBuffer):
             close_all(fds)
             return BadReply(message_id, number, command, problem.reason)
         if command is Command.VERSION:
-            self._version = _Version.AGREED
+            self._exchange.agree()
         return reply
 
     # Sending
@@ -269,18 +235,16 @@ class Connection(ReceiveBuffer):
         row = BY_REQUEST.get(type(body))
         if row is None or row.sender is not self.role:
             raise LocalProtocolError(f"{type(body).__name__} is no request of the {self.role.name.lower()}")
-        self._check_order(row.command)
+        self._exchange.check_order(row.command)
         if no_reply and row.command is Command.VERSION:
             raise LocalProtocolError("VERSION: what is agreed comes with the reply")
         self._check_fds(row.command, fds, row.request_fds)
         parts = codec.build_parts(body)
-        message_id = self._new_id()
+        message_id = self._exchange.new_id()
         flags = c.FLAG_NO_REPLY if no_reply else c.TYPE_COMMAND
         outgoing = _outgoing(message_id, row.command, flags, parts, fds)
         if not no_reply:
-            self._pending[message_id] = row.command
-        if row.command is Command.VERSION:
-            self._version = _Version.ASKED
+            self._exchange.ask(message_id, row.command)
         return message_id, outgoing
 
     def reply(self, request: Request, body: Message, fds: Sequence[Fd] = ()) -> Outgoing:
@@ -290,33 +254,19 @@ class Connection(ReceiveBuffer):
             raise LocalProtocolError(f"{type(body).__name__} is no reply to {request.command.name}")
         self._check_fds(request.command, fds, row.reply_fds)
         parts = codec.build_parts(body)
-        self._settle(request.message_id, request.command, request.no_reply)
+        self._exchange.settle(request.message_id, request.command, request.no_reply)
         if request.command is Command.VERSION:
-            self._version = _Version.AGREED
+            self._exchange.agree()
         return _outgoing(request.message_id, request.command, c.TYPE_REPLY, parts, fds)
 
     def error(self, message_id: int, command: int, errno: int) -> Outgoing:
         """The error reply to a `Request` or a `Rejected`: the header alone (specification: "Header").
         LocalProtocolError when no reply is due, as for NO_REPLY."""
         header = codec.pack_error(message_id, command, errno)
-        self._settle(message_id, command, False)
-        if command == Command.VERSION and self._version is _Version.ASKED:
-            self._version = _Version.MISSING
+        self._exchange.settle(message_id, command, False)
+        if command == Command.VERSION:
+            self._exchange.refuse()
         return Outgoing((header,))
-
-    def _settle(self, message_id: int, number: int, no_reply: bool) -> None:
-        due = self._owed.get((message_id, number), 0)
-        if no_reply or not due:
-            raise LocalProtocolError(f"no reply is due to command {int(number)} with id {message_id}")
-        self._owed[message_id, number] = due - 1
-        if due == 1:
-            del self._owed[message_id, number]
-
-    def _check_order(self, command: Command) -> None:
-        if (command is Command.VERSION) != (self._version is _Version.MISSING):
-            raise LocalProtocolError(f"{command.name}: VERSION must be sent first, and once")
-        if self.role is Role.SERVER and not self.negotiated:
-            raise LocalProtocolError(f"{command.name}: no version has been negotiated yet")
 
     def _check_fds(self, command: Command, fds: Sequence[Fd], limits: tuple[int, int]) -> None:
         most = min(limits[1], self.max_send_fds)
@@ -324,15 +274,6 @@ class Connection(ReceiveBuffer):
             raise LocalProtocolError(
                 f"{command.name}: {len(fds)} file descriptors, at most {most} are allowed"
             )
-
-    def _new_id(self) -> int:
-        if len(self._pending) > c.MAX_MESSAGE_ID:
-            raise LocalProtocolError("all message ids wait for their reply", errno.EBUSY)
-        while self._next_id in self._pending:
-            self._next_id = (self._next_id + 1) & c.MAX_MESSAGE_ID
-        message_id = self._next_id
-        self._next_id = (message_id + 1) & c.MAX_MESSAGE_ID
-        return message_id
 
 
 def _reply_trouble(command: Command | None, number: int) -> str:

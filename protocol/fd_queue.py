@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from vfio_user.protocol import constants as c
 from vfio_user.protocol.codec_bodies import IRQ_SET_BODY
@@ -43,6 +43,10 @@ def fd_limit(role: Role, number: int, flags: int, body: bytes | bytearray) -> in
         _, irq_flags, _, _, count = IRQ_SET_BODY.unpack_from(body)
         return min(row.request_fds[1], count if irq_flags & c.IrqSetFlags.DATA_EVENTFD else 0)
     return row.request_fds[1]
+
+
+Taken: TypeAlias = tuple[tuple[Fd, ...], bool]
+"""The fds of a message, and whether it is to be refused for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ class FdQueue:
         """Whether this complete message may still get fds of a read that is not decided."""
         return bool(self._batches and frame.limit and frame.stop > self._batches[0].start)
 
-    def take(self, start: int) -> tuple[tuple[Fd, ...], bool]:
+    def take(self, start: int) -> Taken:
         """The fds of the message that starts here, now the caller's, and whether it is to be refused."""
         refused = start in self._refused
         self._refused.discard(start)
