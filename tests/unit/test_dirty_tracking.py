@@ -6,6 +6,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -161,10 +162,34 @@ def test_against_a_model(data: st.DataObject) -> None:
         table.unmap_all()
 
 
-def drive(table: DmaTable, data: st.DataObject) -> None:
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_a_report_in_steps(data: st.DataObject) -> None:
+    """As large ranges go; here already beyond 4 pages, of which none is larger than that."""
+    table = DmaTable()
+    with mock.patch.object(dirty_tracking, "_STEP", 4 * PAGE):
+        try:
+            drive(table, data, tracked=st.sampled_from([1, 2, 4]))
+        finally:
+            table.unmap_all()
+
+
+def test_no_step_ends_within_a_tracked_page(
+    table: DmaTable, tracking: DirtyTracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That page would be reported again and again."""
+    monkeypatch.setattr(dirty_tracking, "_STEP", 4 * PAGE)
+    region = map_region(table, 0, 16 * PAGE)
+    tracking.start(4 * PAGE, keep_unmapped=False)
+    region.store(5 * PAGE, b"x")
+    assert bits_of(tracking.report(PAGE, 15 * PAGE, PAGE)) == {3, 4, 5, 6}
+    assert bits_of(tracking.report(PAGE, 15 * PAGE, PAGE)) == set()
+
+
+def drive(table: DmaTable, data: st.DataObject, tracked: st.SearchStrategy[int] = UNITS) -> None:
     tracking = DirtyTracking(table)
     tracking.precise = data.draw(st.integers(0, 3), "precise") > 0
-    model = Model(tracking.precise, data.draw(st.booleans(), "keep"), data.draw(UNITS, "unit"))
+    model = Model(tracking.precise, data.draw(st.booleans(), "keep"), data.draw(tracked, "unit"))
     regions: dict[int, tuple[int, DmaRegion]] = {}
 
     def range_of(most: int) -> tuple[int, int]:
