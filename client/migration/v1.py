@@ -15,6 +15,7 @@ from vfio_user.client.migration.driver import Driver, pieces
 from vfio_user.client.migration.pages import PageSet
 from vfio_user.client.migration.report import MigrationError
 from vfio_user.protocol import messages as m
+from vfio_user.protocol.bitmaps import bitmap_size
 from vfio_user.protocol.constants import (
     PCI_NUM_REGIONS,
     REGION_SUBTYPE_MIGRATION,
@@ -106,10 +107,13 @@ class V1Driver(Driver):
                 await self._read_range(pages, part.address + begin, size)
 
     async def _read_range(self, pages: PageSet, address: int, size: int) -> None:
-        # 64-bit words, as the kernel wants them: libvfio-user takes no other size.
-        length = -(-size // (self.page_size * 64)) * 8
+        # Whole 64-bit words, as the kernel wants them: libvfio-user takes no other size.
+        length = bitmap_size(size, self.page_size)
         wanted = BitmapRange(address, size, Bitmap(self.page_size, length))
-        pages.add_bitmap(address, size, self.page_size, await self.client.dirty_pages_bitmap(wanted))
+        bitmap = await self.client.dirty_pages_bitmap(wanted)
+        if len(bitmap) < length:
+            raise MigrationError(f"a dirty bitmap of {len(bitmap)} bytes, {length} were asked for")
+        pages.add_bitmap(address, size, self.page_size, bitmap)
 
     def _longest_report(self) -> int:
         """Bytes of memory whose bitmap the server gives at once."""

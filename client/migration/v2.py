@@ -14,16 +14,9 @@ from vfio_user.client.migration.pages import PageSet
 from vfio_user.client.migration.report import MigrationError
 from vfio_user.protocol import layouts
 from vfio_user.protocol.constants import DeviceFeature, MigrationFlags, MigrationState
-from vfio_user.protocol.values import (
-    DmaLoggingControl,
-    DmaLoggingRange,
-    DmaLoggingReport,
-    FeatureMigState,
-    Payload,
-)
+from vfio_user.protocol.values import DmaLoggingRange, FeatureMigState, Payload
 
 _ABSENT = (errno.ENOTTY, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-_REPORT_HEAD = 24
 
 
 class V2Driver(Driver):
@@ -70,32 +63,20 @@ class V2Driver(Driver):
 
     async def start_log(self, ranges: tuple[RamRange, ...]) -> None:
         self._logged(ranges)
-        if not self.ranges:
-            return
-        wanted = tuple(DmaLoggingRange(part.address, part.size) for part in self.ranges)
-        control = DmaLoggingControl(self.page_size, wanted)
-        await self.client.set_feature(DeviceFeature.DMA_LOGGING_START, layouts.build(control))
+        if self.ranges:
+            wanted = [DmaLoggingRange(part.address, part.size) for part in self.ranges]
+            await self.client.dma_logging_start(self.page_size, wanted)
 
     async def stop_log(self) -> None:
         if self.ranges:
-            await self.client.set_feature(DeviceFeature.DMA_LOGGING_STOP)
+            await self.client.dma_logging_stop()
 
     async def read_log(self, pages: PageSet) -> None:
-        longest = self.transfer * 8 * self.page_size
         for part in self.ranges:
-            for begin, size in pieces(part.size, longest):
-                await self._read_range(pages, part.address + begin, size)
-
-    async def _read_range(self, pages: PageSet, address: int, size: int) -> None:
-        request = DmaLoggingReport(address, size, self.page_size)
-        room = _REPORT_HEAD + -(-size // (self.page_size * 64)) * 8
-        data = await self.client.get_feature(
-            DeviceFeature.DMA_LOGGING_REPORT, layouts.build(request), room=room
-        )
-        report = layouts.parse(DmaLoggingReport, data)
-        if (report.iova, report.length, report.page_size) != (address, size, self.page_size):
-            raise MigrationError(f"a dirty report of other pages than those asked for: {report}")
-        pages.add_bitmap(address, size, self.page_size, report.bitmap)
+            for begin, size in pieces(part.size, self.transfer * 8 * self.page_size):
+                address = part.address + begin
+                bitmap = await self.client.dma_logging_report(address, size, self.page_size)
+                pages.add_bitmap(address, size, self.page_size, bitmap)
 
     # State
 
@@ -105,6 +86,8 @@ class V2Driver(Driver):
             self._drained = False
             return None
         data = await self.client.mig_data_read(self.transfer)
+        if len(data) > self.transfer:
+            raise MigrationError(f"MIG_DATA_READ: {len(data)} bytes in answer to {self.transfer}")
         self._drained = len(data) < self.transfer
         if not len(data):
             self._drained = False
