@@ -58,7 +58,7 @@ class Callbacks:
         host = self._host
 
         def region_access(_context: object, buffer: int, count: int, offset: int, is_write: bool) -> int:
-            if not host.running:
+            if not host.running and host.migration.may_run:
                 host.resume()  # the client has set itself up and begins to use the device
             if is_write:
                 if not region.writable:
@@ -86,16 +86,21 @@ class Callbacks:
     # Life
 
     def _quiesce(self) -> None:
-        """Nothing is under way: tasks run between requests, and hold no memory over an await."""
+        """Nothing is under way: tasks run between requests, and hold no memory over an await.
+
+        What is reported of a device that cannot tell what it wrote is all that it could write. It is marked
+        here, before memory goes and before the device stands still.
+        """
+        if not self._device.precise_dirty:
+            self._host.library_dma.mark_all()
 
     def _reset(self, why: abi.Reset) -> None:
         if why is abi.Reset.LOST_CONN:
             self._client_lost()
             return
-        if not self._host.running:
-            self._host.resume()
         self._host.reset()
         self._device.reset()
+        self._host.migration.reset()
 
 
 def _flags(index: int, region: Region) -> abi.RegionFlag:

@@ -124,6 +124,22 @@ class Context:
         )
         self._call["vfu_setup_device_reset_cb"](self._pointer, self.guard.callback(abi.RESET, reset_device))
 
+    def setup_migration_v1(self, size: int, callbacks: abi.MigrationCallbacksV1) -> None:
+        """The migration region: the library's registers, and a data area of `size` bytes after them."""
+        offset = self._call["vfu_get_migr_register_area_size"]()
+        flags = abi.RegionFlag.READ | abi.RegionFlag.WRITE
+        self._call["vfu_setup_region"](
+            self._pointer, abi.V1_MIGRATION_REGION, offset + size, abi.ACCESS(), flags, None, 0, -1, 0
+        )
+        self._setup_migration(ctypes.byref(callbacks), offset)
+
+    def setup_migration_v2(self, callbacks: abi.MigrationCallbacksV2) -> None:
+        self._setup_migration(ctypes.byref(callbacks))
+
+    def _setup_migration(self, *arguments: Any) -> None:
+        """The library copies the structure; the callbacks in it are kept by our guard."""
+        self._call["vfu_setup_device_migration_callbacks"](self._pointer, *arguments)
+
     def realize(self) -> None:
         self._call["vfu_realize_ctx"](self._pointer)
 

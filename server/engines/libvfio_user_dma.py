@@ -112,6 +112,12 @@ class LibraryDma:
         spec = _spec(info)
         self._table.unmap(spec.address, spec.size)
 
+    def mark_all(self) -> None:
+        """Note that all mapped memory may have been written; no effect while nothing is logged."""
+        for region in self._table:
+            if region.write_view is not None:
+                self._context.mark_dirty(region.address, region.size)
+
     def send_dma_read(self, address: int, count: int, completion: Completion[Buffer]) -> None:
         """DMA_READ: see `message_dma.DmaSender`. The reply is there when this returns."""
         self._check(address, count)

@@ -164,6 +164,36 @@ LIMITS: tuple[Limit, ...] = (
         V1_ONLY,
     ),
     Limit(
+        "v1 states",
+        "while the device is stopped, or in stop-and-copy, only the migration region and DIRTY_PAGES are "
+        "served: no other region, no DMA_UNMAP, no RESET; pre-copy cannot be given up; a restore that failed "
+        "shows as resuming; a client that leaves in pre-copy, or with dirty pages logged, leaves that to the "
+        "next one; a value far above 7 may end the server",
+        "commands and changes of state are looked up in tables of the library's own, without a bound",
+        V1_ONLY,
+    ),
+    Limit(
+        "v1 registers",
+        "the data area has 64 KiB and cannot be mapped; a register is refused wherever it has no use, and "
+        "the reserved field always; data that was read, or written past data_size, is not looked at",
+        "the area is as large as a message that surely comes in one piece, and has no memory to be lent; "
+        "the library keeps a state of its own for the registers",
+        V1_ONLY,
+    ),
+    Limit(
+        "v1 dirty pages",
+        "a report, and the bitmap of DMA_UNMAP, are of exactly one mapped region, in pages of 4 KiB, with at "
+        "most 1 MiB of bitmap in whole 8 bytes; of a device that cannot tell what it wrote, only the report "
+        "after it was stopped has everything",
+        "the library keeps the log, and tells neither of the question nor what was asked",
+        V1_ONLY,
+    ),
+    Limit(
+        "empty accesses",
+        "the reply to an access of no bytes has no body",
+        "nothing is done for it",
+    ),
+    Limit(
         "editions",
         "a library speaks one edition of migration: v1 the region and DIRTY_PAGES, v2 the features",
         "v2 replaced v1 in September 2023",

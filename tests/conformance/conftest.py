@@ -14,7 +14,7 @@ from conformance import patience
 from conformance import raw as raw_module
 from conformance.engines import ENGINES, Engine, Place, Serve, Served, Wanted
 from conformance.holdings import expect_holdings, holdings
-from conformance.limits import limit_of
+from conformance.limits import edition_of_library, library, limit_of
 from conformance.nursery import Zygote
 from conformance.raw import RawClient, connect
 from vfio_user.client.background import background
@@ -29,8 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if (case := _library_case(item)) is not None:
             assert isinstance(item, pytest.Function)
-            if (reason := limit_of(item.originalname, case)) is not None:
+            if (reason := limit_of(item.path.stem, item.originalname, case)) is not None:
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+            edition = item.get_closest_marker("edition")
+            if edition is not None and edition.args[0] != edition_of_library():
+                item.add_marker(
+                    pytest.mark.skip(reason=f"this libvfio-user does not speak {edition.args[0]}")
+                )
 
 
 def _library_case(item: pytest.Item) -> str | None:
@@ -80,6 +85,8 @@ async def serve(engine: Engine, zygote: Zygote, tmp_path: Path) -> AsyncIterator
     When the test's clients have gone, a server must hold what it held before they came; when the servers
     have ended, this process must.
     """
+    if engine.apart and isinstance(reason := library(), str):
+        missing(reason)
     before_all = holdings(os.getpid())
     before: dict[int, Counter[str]] = {}
     with ExitStack() as stack:

@@ -26,13 +26,13 @@ from conformance.dirtying import (
 from conformance.driving import PAGE, enable_bus_master, map_private, serve_dma, start_copy
 from conformance.engines import Serve, Served
 from conformance.models import Blind
-from conformance.moving import NATIVE
+from conformance.moving import EDITION_V1
 from conformance.raw import RawClient, connect
 from vfio_user.client.client import open_client
 from vfio_user.client.memory import GuestRam
 from vfio_user.protocol.values import Bitmap, BitmapRange
 
-pytestmark = NATIVE
+pytestmark = EDITION_V1
 
 TOP = (1 << 64) - PAGE
 SIZE = 16 * PAGE

@@ -33,9 +33,10 @@ def test_every_test_that_is_expected_to_fail_exists() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.AsyncFunctionDef)
     }
-    assert {fails.test for row in EXPECTED.values() for fails in row} <= functions
+    named = {fails.test.rpartition("::")[2] for row in EXPECTED.values() for fails in row}
+    assert named <= functions
 
 
 @pytest.mark.parametrize("test", ["test_that_does_not_exist", "test_a_handler_that_raises"])
 def test_other_tests_are_not_expected_to_fail(test: str) -> None:
-    assert limit_of(test, "") is None
+    assert limit_of("test_conformance_faults", test, "") is None

@@ -17,8 +17,8 @@ from conformance.moving import (
     DATA,
     DATA_SIZE,
     DEVICE_STATE,
+    EDITION_V1,
     FIELDS,
-    NATIVE,
     OFFSET,
     PENDING,
     REGION,
@@ -52,7 +52,7 @@ from conformance.moving import (
 from conformance.raw import RawClient, connect
 from vfio_user.device_models.scratch import Scratch
 
-pytestmark = NATIVE
+pytestmark = EDITION_V1
 
 MiB = 1 << 20
 TYPE, SPARSE = 2, 1
