@@ -80,7 +80,7 @@ class Wanted:
 )
 @click.option(
     "--rate",
-    type=click.IntRange(1),
+    type=click.IntRange(100),
     default=1000,
     show_default=True,
     metavar="MBIT/S",

@@ -138,15 +138,15 @@ class ServerProcess:
         while data := await _read(fd):
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
-                self._take(line.decode(errors="replace"))
+                self.take_line(line.decode(errors="replace"))
             async with self._changed:
                 self._changed.notify_all()
         self._ended.set()
         async with self._changed:
             self._changed.notify_all()
 
-    def _take(self, line: str) -> None:
-        """Counters come in a block; what is logged meanwhile may stand in it."""
+    def take_line(self, line: str) -> None:
+        """A line of the output. Counters come in a block; what is logged meanwhile may stand in it."""
         name, _, value = line.partition(" ")
         if line.startswith(_COUNTERS):
             self._occasion, self._figures = line.removeprefix(_COUNTERS), {}

@@ -3,13 +3,14 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from vfio_user.client.errors import RemoteError
 from vfio_user.client.fake_vmm import VmmOptions, open_vmm
-from vfio_user.client.server_process import ServerError, serving
+from vfio_user.client.server_process import ServerError, ServerProcess, serving
 
 
 async def test_counters_of_every_client(tmp_path: Path) -> None:
@@ -58,3 +59,22 @@ async def test_leaving_the_block_ends_the_server(tmp_path: Path) -> None:
     async with serving("scratch", tmp_path / "s") as server:
         pass
     assert server.popen.returncode == -signal.SIGKILL
+
+
+async def test_what_is_logged_among_counters_is_no_counter() -> None:
+    with subprocess.Popen(["true"]) as popen:  # noqa: ASYNC220  # it ends at once
+        server = ServerProcess(popen)
+        block = ["hello", "# counters: SIGUSR1", "frames 7", "12:00 WARNING net: gone 3 times", "bytes 9", ""]
+        for line in (*block, "bye"):
+            server.take_line(line)
+    assert await server.counters("SIGUSR1", timeout=0) == {"frames": 7, "bytes": 9}
+    assert server.lines == ["hello", "12:00 WARNING net: gone 3 times", "bye"]
+
+
+async def test_an_environment_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "from vfio_user.device_models.scratch import Scratch\n\n\nclass Theirs(Scratch):\n    pass\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    async with serving("theirs:Theirs", tmp_path / "s", environment=environment) as server:
+        assert (await server.stop())["clients_served"] == 0
