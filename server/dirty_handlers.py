@@ -67,6 +67,7 @@ def _unmap_with_bitmap(session: "Session", request: m.DmaUnmapRequest) -> Answer
     assert wanted is not None
     if request.argsz < DMA_UNMAP_SIZE + BITMAP_SIZE + wanted.size:
         raise RemoteProtocolError(f"DMA_UNMAP: argsz {request.argsz} has no room for the dirty bitmap")
+    _check_claim(session.host.dirty)
     asked = m.BitmapRange(request.address, request.size, wanted)
     _check_v1(session.host.dirty, asked)
     table.whole_regions(request.address, request.size)
@@ -86,6 +87,7 @@ def dirty_pages(session: "Session", request: m.DirtyPagesRequest, fds: list[Owne
     """v1 specification: "VFIO_USER_DIRTY_PAGES"."""
     if request.argsz < DIRTY_PAGES_SIZE:
         raise RemoteProtocolError(f"DIRTY_PAGES: argsz {request.argsz} is below {DIRTY_PAGES_SIZE}")
+    _check_claim(session.host.dirty)
     return _DIRTY_PAGES[_one_of(_DIRTY_PAGES, request.flags)](session.host.dirty, request)
 
 
@@ -116,6 +118,11 @@ _DIRTY_PAGES: Mapping[int, Callable[[DirtyTracking, m.DirtyPagesRequest], Answer
     int(DirtyPagesFlags.STOP): _stop,
     int(DirtyPagesFlags.GET_BITMAP): _get_bitmap,
 }
+
+
+def _check_claim(tracking: DirtyTracking) -> None:
+    if tracking.claim is not None:
+        raise DeviceError("the control socket has the dirty log", errno.EBUSY)
 
 
 def _one_of(known: Mapping[int, object], flags: int) -> int:
@@ -149,6 +156,7 @@ def logging_start(session: "Session", request: m.DeviceFeatureRequest) -> bytes:
     specification has it.
     """
     tracking = session.host.dirty
+    _check_claim(tracking)
     control = _control(bytes(request.data))
     if tracking.active:
         raise DeviceError("dirty pages are being logged already")
@@ -188,6 +196,7 @@ def _check_wrap(start: int, length: int) -> None:
 
 def logging_stop(session: "Session", request: m.DeviceFeatureRequest) -> bytes:
     """SET of DMA_LOGGING_STOP: harmless when logging is off, as in the kernel's drivers."""
+    _check_claim(session.host.dirty)
     session.host.dirty.stop()
     return bytes(request.data)
 
@@ -199,6 +208,7 @@ def logging_report(session: "Session", request: m.DeviceFeatureRequest) -> bytes
     `DirtyTracking.check` has them; EOVERFLOW for a range that wraps around.
     """
     tracking = session.host.dirty
+    _check_claim(tracking)
     if len(request.data) < _REPORT_HEAD.size:
         raise RemoteProtocolError(f"DMA_LOGGING_REPORT: {len(request.data)} bytes of data")
     iova, length, page_size = _REPORT_HEAD.unpack_from(request.data)

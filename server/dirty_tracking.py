@@ -55,6 +55,9 @@ class DirtyTracking:
     def __init__(self, table: DmaTable) -> None:
         self.precise = True
         self.page_size = 0
+        self.claim: object | None = None
+        """Who else than the client has the log (`server/control_dirty.py`): requests of the client for it are
+        refused. It ends with the log."""
         self.pgsize = MIN_PAGE_SIZE
         self.max_bitmap_size = Migration().max_bitmap_size
         self._table = table
@@ -93,6 +96,7 @@ class DirtyTracking:
     def stop(self) -> None:
         """Log no more and forget everything; harmless when logging is off."""
         self._table.watcher = None
+        self.claim = None
         for region in self._table:
             region.dirty = None
         self._kept.clear()
@@ -176,6 +180,15 @@ class DirtyTracking:
             _move(log, start, bitmap, address, size, page_size)
         self._drop_reported(address, size)
         return bitmap
+
+    @property
+    def lost(self) -> bool:
+        """Pages were lost: more than 65,536 dirty regions went without a report."""
+        return self._lost
+
+    def logs(self) -> list[_Log]:
+        """The logs of all regions, and those that were kept of regions that went, with their addresses."""
+        return [*self._live(0, ADDRESS_SPACE), *self._gone(0, ADDRESS_SPACE)]
 
     def _live(self, address: int, size: int) -> Iterator[_Log]:
         """The logs of the regions that have a byte of the range."""

@@ -77,6 +77,9 @@ class GuestMemory:
         self.gate = gate or Gate()
         self.table = table
         self.messages = messages
+        self.write_through = False
+        """Write by message although the memory is mapped, so that the client knows of each write; to be set
+        with `set_write_through`."""
         self.counters = DmaCounters()
         # The region of the last access; one that has been unmapped covers nothing and never hits.
         self.take_no_short_way()
@@ -84,6 +87,11 @@ class GuestMemory:
     def take_no_short_way(self) -> None:
         """Let the next access look for its region, and pass the gate."""
         self._last = DmaRegion(RegionSpec(0, 0))
+
+    def set_write_through(self, on: bool) -> None:
+        """From the next access on; reads come from the mapping all the same."""
+        self.write_through = on
+        self.take_no_short_way()
 
     # The test for the fast path is written out in each method: a call would cost as much as all of it.
     # No local variable holds a view where DmaError may pass: its traceback would keep the view alive.
@@ -169,7 +177,7 @@ class GuestMemory:
         region = self.table.find(address)
         if region is None:
             raise DmaError(address, length, "nothing is mapped there")
-        if not self.gate.closed:  # nobody may take the short way past it
+        if not (self.gate.closed or self.write_through):  # nobody may take the short way past them
             self._last = region
         return region, address - region.address, min(length, region.end - address)
 
@@ -234,7 +242,8 @@ class GuestMemory:
                 region, offset, length = part = self._part(address, len(view))
                 if not region.writable:
                     raise DmaError(address, length, "the region is read-only")
-                if region.access is Access.MESSAGE:
+                access = Access.MESSAGE if self.write_through else region.access
+                if access is Access.MESSAGE:
                     writer = writer or self._require_messages(*part).writer()
                     await writer.add(address, view[:length], written if length == len(view) else None)
                 elif writer is not None:
@@ -246,7 +255,7 @@ class GuestMemory:
                     region.store(offset, view[:length])
                     if length == len(view):
                         written()
-                self.counters.count_write(region.access, length)
+                self.counters.count_write(access, length)
                 address, view = address + length, view[length:]
         if writer is not None:
             await writer.finish()

@@ -70,6 +70,7 @@ class EngineHost(HostBase):
         self.stop()
         self.tasks.cut()  # nobody answers what they wait for
         self.dma.messages = None
+        self.dma.set_write_through(False)
         self.table.unmap_all()
         self.irqs.release()
 

@@ -208,6 +208,11 @@ class Session:
 
     # The device's DMA by message
 
+    @property
+    def outstanding(self) -> int:
+        """How many of the messages are not answered yet."""
+        return len(self._dma)
+
     def send_dma_read(self, address: int, count: int, completion: Completion[Buffer]) -> None:
         """DMA_READ: see `message_dma.DmaSender`."""
         self._request(m.DmaReadRequest(address, count), completion, count)

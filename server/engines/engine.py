@@ -119,6 +119,16 @@ class Engine(Generic[H]):
         """Serve an inherited socket (`--fd`). OSError or DeviceError when that cannot be."""
         raise NotImplementedError
 
+    @property
+    def attached(self) -> bool:
+        """Whether there is a client, and it has negotiated."""
+        return self.host.dma.messages is not None
+
+    @property
+    def outstanding(self) -> int:
+        """DMA messages that the client has not answered yet."""
+        return 0
+
     def call_later(self, nanoseconds: int, callback: Callable[[], None]) -> Timer:
         """For backends (`CallLater`): real time, which goes on while the device is stopped."""
         return self._timers.call_at(self._timers.clock() + nanoseconds, callback)

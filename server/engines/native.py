@@ -106,6 +106,15 @@ class NativeServer(Engine[ServerHost]):
         if self.client_left is not None:
             self.client_left()
 
+    @property
+    def outstanding(self) -> int:
+        return 0 if self._session is None else self._session.outstanding
+
+    @property
+    def session(self) -> Session | None:
+        """That of the client, if one is there."""
+        return self._session
+
     # The loop
 
     @property
@@ -137,7 +146,7 @@ class NativeServer(Engine[ServerHost]):
         logger.log(level, "client %d dropped: %s", self.clients_served, error.reason)
         self._detach()
 
-    def _send_owed(self) -> None:
+    def send_owed(self) -> None:
         """Send what tasks have asked of the client, and mind a client that does not read its replies."""
         channel, session = self._channel, self._session
         if channel is None or session is None:
@@ -157,7 +166,7 @@ class NativeServer(Engine[ServerHost]):
                 self.poller.watch_writable(channel.fileno(), None)
                 self.poller.register(channel.fileno(), self._receive, urgent=True)
                 return
-        self.poller.watch_writable(channel.fileno(), self._send_owed)
+        self.poller.watch_writable(channel.fileno(), self.send_owed)
         if channel.congested:
             self.poller.unregister(channel.fileno())
 
@@ -168,8 +177,8 @@ class NativeServer(Engine[ServerHost]):
         self.run_timers()
         if tasks.ready:
             tasks.run_ready()
-            self._send_owed()
+            self.send_owed()
             return True
         if self._channel is not None and self._channel.pending:
-            self._send_owed()
+            self.send_owed()
         return busy

@@ -68,6 +68,9 @@ class MigrationEngine:
         self.state = MigrationState.RUNNING
         self.reason = ""
         """Why the state is ERROR."""
+        self.claim: object | None = None
+        """Who else than the client has the device stopped, saves or restores it (`server/control_device.py`).
+        Requests of anybody else are refused then, but for a reset, which ends it, as does a client's end."""
 
     @property
     def available(self) -> bool:
@@ -89,17 +92,23 @@ class MigrationEngine:
 
     # Changes of state
 
-    def set_state(self, wanted: int) -> None:
-        """Go to a MigrationState over single steps. EINVAL: no such state, or no way; EIO: a step failed."""
+    def set_state(self, wanted: int, by: object | None = None) -> None:
+        """Go to a MigrationState over single steps. EINVAL: no such state, or no way; EIO: a step failed.
+
+        `by`: see `claim`; here and elsewhere EBUSY when somebody else has claimed the device.
+        """
+        self._check_claim(by)
         self._walk(path(self.state, wanted))
 
     def set_v1_state(self, value: int) -> None:
         """Go where the bits of v1's device_state say. Errors as of `set_state`."""
+        self._check_claim(None)
         self._walk(v1_path(self.state, value))
 
     def reset(self) -> None:
         """The device has been reset: it is running, and no session is left."""
         self._forget()
+        self.claim = None
         self._broken = False
         self.state = MigrationState.RUNNING
         self._resume()
@@ -107,8 +116,28 @@ class MigrationEngine:
     def client_left(self) -> None:
         """What was half done belonged to the client. The device keeps its state, stopped for the next."""
         self._forget()
+        self.claim = None
         if not self._broken:
             self.state = MigrationState.RUNNING
+
+    def abandon(self, by: object, state: MigrationState) -> None:
+        """End a session of the claimer's: the device stands still, and is said to be in `state` again.
+
+        Nothing of a state that was being written is applied; a failed restore that was undone is forgotten.
+        """
+        self._check_claim(by)
+        broken = self.reason if self._broken else ""
+        self._forget()
+        if self._broken:
+            self.reason = broken
+        else:
+            self.state = state
+
+    def _check_claim(self, by: object | None) -> None:
+        if self.claim is not by:
+            raise DeviceError(
+                "another controller has the device: it is stopped, saved or restored", errno.EBUSY
+            )
 
     def _forget(self) -> None:
         self._end_saving()
@@ -152,11 +181,21 @@ class MigrationEngine:
         """Bytes that can be read now, roughly; 0 exactly when there are none."""
         return self._session().pending
 
+    def read_record(self, by: object) -> bytes:
+        """The claimer's way to read: as `read`, about a megabyte at a time, and the device may go on."""
+        self._check_claim(by)
+        writer = self._session()
+        try:
+            return writer.take_record()
+        except Exception as error:
+            raise _as_device_error("saving", error) from error
+
     def read(self, size: int) -> list[Buffer]:
         """At most `size` bytes of state; fewer: the end, or in PRE_COPY nothing more now. EINVAL: no saving.
 
         They are to be sent before the device can go on: see `StreamWriter.take`.
         """
+        self._check_claim(None)
         writer = self._session()
         try:
             return writer.take(size)
@@ -168,8 +207,9 @@ class MigrationEngine:
             raise DeviceError(f"there is nothing to read in {self.state.name}")
         return self._writer
 
-    def write(self, data: Buffer) -> None:
+    def write(self, data: Buffer, by: object | None = None) -> None:
         """The next bytes of a state. EINVAL: not resuming; or the stream is bad, and the state is ERROR."""
+        self._check_claim(by)
         if self._reader is None:
             raise DeviceError(f"nothing can be written in {self.state.name}")
         try:

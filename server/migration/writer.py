@@ -102,6 +102,15 @@ class StreamWriter:
             size -= len(piece)
         return taken
 
+    def take_record(self) -> bytes:
+        """What is queued, else the next record: a copy, so that the device may go on. Empty: as `take`."""
+        if not self._queue:
+            self._produce()
+        taken = b"".join(self._queue)
+        self._queue.clear()
+        self._queued = 0
+        return taken
+
     def _produce(self) -> bool:
         """Put one more record into the queue, if there is anything to say."""
         if self._next_block():
