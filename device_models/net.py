@@ -108,3 +108,25 @@ class NetDevice(Device):
     """A device model with a packet port; a NIC inherits from this and from `PciDevice`."""
 
     port: NetBackend
+
+    def station_address(self) -> bytes | None:
+        """The address under which it receives at the moment, 6 bytes; None: none."""
+        raise NotImplementedError
+
+    def announce(self) -> bool:
+        """Tell the network where this station is now, once; False: it has no address. For a running device.
+
+        Switches learn from the source address of any frame; a reverse ARP request asks nobody for anything.
+        """
+        address = self.station_address()
+        if address is None:
+            return False
+        self.port.send([reverse_arp_request(address)])
+        return True
+
+
+def reverse_arp_request(address: bytes) -> bytes:
+    """RFC 903: a broadcast by which a station asks for its own protocol address; 60 bytes."""
+    ethernet = b"\xff" * 6 + address + b"\x80\x35"
+    request = bytes.fromhex("0001 0800 06 04 0003")  # Ethernet, IPv4, lengths of addresses, request reverse
+    return (ethernet + request + (address + bytes(4)) * 2).ljust(60, b"\0")

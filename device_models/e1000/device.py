@@ -10,7 +10,7 @@ from typing import Any
 from vfio_user.device_models.device import Host
 from vfio_user.device_models.e1000 import phy
 from vfio_user.device_models.e1000 import registers as rows
-from vfio_user.device_models.e1000.bits import FPD, Cause, Ctrl, CtrlExt, Eerd, Mdic, Rctl, Tctl
+from vfio_user.device_models.e1000.bits import FPD, RAH_AV, Cause, Ctrl, CtrlExt, Eerd, Mdic, Rctl, Tctl
 from vfio_user.device_models.e1000.mac import Mac
 from vfio_user.device_models.e1000.options import OPTIONS, Settings
 from vfio_user.device_models.e1000.statistics import STATISTICS
@@ -65,6 +65,13 @@ class E1000(NetDevice, PciDevice):
 
     def link_changed(self, up: bool) -> None:
         self.mac.phy.plug(up)
+
+    # From an operator: see net.NetDevice
+
+    def station_address(self) -> bytes | None:
+        low, high = self.registers.cell("RAL").value, self.registers.cell("RAH").value
+        valid = high & RAH_AV
+        return low.to_bytes(4, "little") + (high & 0xFFFF).to_bytes(2, "little") if valid else None
 
     # From the host: see device.Device
 
