@@ -20,6 +20,7 @@ from vfio_user.device_models.catalog import load_model, make_device, parse_optio
 from vfio_user.device_models.device import Device, Host, OptionError
 from vfio_user.device_models.net import NetBackend, NetDevice
 from vfio_user.protocol.errors import VfioUserError
+from vfio_user.server.control import ControlServer
 from vfio_user.server.engines.engine import Engine, Settings
 from vfio_user.server.engines.libvfio_user_library import LibraryError
 from vfio_user.server.net.errors import BackendError
@@ -43,6 +44,9 @@ class SocketPath(click.Path):
 @click.command("serve")
 @click.argument("model")
 @click.option("--socket-path", type=SocketPath(path_type=Path), help="UNIX socket to listen on.")
+@click.option(
+    "--control", type=click.Path(path_type=Path), help="UNIX socket for `vfio-user ctl` (docs/control.md)."
+)
 @click.option("--fd", type=click.IntRange(0), help="Inherited UNIX socket, listening or connected.")
 @click.option(
     "--engine",
@@ -93,6 +97,7 @@ class SocketPath(click.Path):
 def command(
     model: str,
     socket_path: Path | None,
+    control: Path | None,
     fd: int | None,
     engine: str,
     net: str | None,
@@ -134,9 +139,12 @@ def command(
                 server.listen_at(socket_path)
             elif fd is not None:
                 server.adopt_fd(fd)
+            shut_down = _ShutDown()
+            if control is not None:
+                stack.callback(ControlServer(server, engine, control, shut_down).close)
         except (OptionError, BackendError, LibraryError, VfioUserError, OSError) as error:
             fail(str(error))
-        trio.run(_serve, server, socket_path or f"descriptor {fd}", stats)
+        trio.run(_serve, server, socket_path or f"descriptor {fd}", stats, shut_down)
 
 
 def _end_early(_number: int, _frame: object) -> None:
@@ -168,11 +176,22 @@ def _maker(
     return lambda host: make_device(model, host, backend, options)
 
 
-async def _serve(server: Engine[Any], where: Path | str, stats: bool) -> None:
+class _ShutDown:
+    """Ends the server, as SIGTERM does, once it runs: a controller asks for it."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+
+    def __call__(self) -> None:
+        self.scope.cancel()
+
+
+async def _serve(server: Engine[Any], where: Path | str, stats: bool, shut_down: _ShutDown) -> None:
     show = print_counters if stats else _print_nothing
     server.client_left = lambda: show(server, f"client {server.clients_served} has left")
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
         async with trio.open_nursery() as nursery:
+            shut_down.scope = nursery.cancel_scope
             nursery.start_soon(_run, server, nursery.cancel_scope)
             print(f"listening on {where}", flush=True)
             async for number in signals:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`vfio-user ctl`: one method of a server's control socket."""
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import trio
+
+from vfio_user.cli.main import fail
+from vfio_user.client.control import ControlLost, open_control
+from vfio_user.protocol.json_rpc import RpcError
+from vfio_user.server.control_methods import Method, find_method
+
+
+@click.command("ctl")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("method")
+@click.argument("assignments", nargs=-1, metavar="[NAME=VALUE]...")
+@click.option("--to", "target", type=click.Path(path_type=Path), help="The file that `save` writes.")
+@click.option("--from", "source", type=click.Path(path_type=Path), help="The file that `load` reads.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, in one line.")
+def command(
+    path: Path,
+    method: str,
+    assignments: tuple[str, ...],
+    target: Path | None,
+    source: Path | None,
+    as_json: bool,
+) -> None:
+    """Ask the server whose control socket is PATH (`serve --control PATH`) for METHOD.
+
+    docs/control.md lists the methods; `state` shows what there is.
+    """
+    try:
+        row = find_method(method)
+        params = dict(map(_assignment, assignments))
+        row.arguments(params)
+        with _stream(row, target, source) as fd:
+            result = trio.run(_call, path, method, fd, params)
+    except RpcError as error:
+        fail(f"{method}: {error.message}")
+    except (ControlLost, OSError) as error:
+        fail(str(error))
+    click.echo(json.dumps(result) if as_json else "\n".join(lines(result)))
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        fail(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+@contextlib.contextmanager
+def _stream(row: Method, target: Path | None, source: Path | None) -> Iterator[int | None]:
+    """The descriptor that goes along. A file that was not written to its end does not stay."""
+    needed = {"written": "--to FILE", "read": "--from FILE"}.get(row.stream)
+    given = [option for option, path in (("--to FILE", target), ("--from FILE", source)) if path is not None]
+    if given != ([needed] if needed else []):
+        fail(f"{row.name} takes {needed or 'neither --to nor --from'}")
+    path = target or source
+    if path is None:
+        yield None
+        return
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if target else os.O_RDONLY
+    fd = os.open(path, flags, 0o600)
+    try:
+        yield fd
+    except BaseException:
+        if target and stat.S_ISREG(os.fstat(fd).st_mode):
+            path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+
+
+async def _call(path: Path, method: str, fd: int | None, params: dict[str, Any]) -> Any:
+    async with open_control(path) as control:
+        return await control.call(method, fd=fd, **params)
+
+
+def lines(value: Any, prefix: str = "") -> Iterator[str]:
+    """A result for people: a line for each value, as `name value`; nothing in it: "done"."""
+    if isinstance(value, dict):
+        if not value and not prefix:
+            yield "done"
+        for name, inner in value.items():
+            yield from lines(inner, f"{prefix}.{name}" if prefix else name)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            shown = " ".join(f"{part:#x}" for part in inner) if isinstance(inner, list) else str(inner)
+            yield f"{prefix}.{number} {shown}"
+    else:
+        yield f"{prefix} {_WORDS.get(value, value) if isinstance(value, bool | None) else value}"
+
+
+_WORDS = {True: "yes", False: "no", None: "-"}

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a controller does with the device: stop, resume, save, load, reset, announce.
+
+While a controller has the device stopped, saves or restores it, it has claimed the migration engine: the
+client's own requests of migration are refused, and ours are while the client migrates the device itself.
+A client's reset, and its end, end the claim.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from vfio_user.device_models.net import NetDevice
+from vfio_user.protocol.constants import MigrationState
+from vfio_user.protocol.errors import DeviceError
+from vfio_user.protocol.json_rpc import FAILED, REFUSED, RpcError
+from vfio_user.server.control_jobs import Later, Steps
+from vfio_user.server.control_streams import StreamFd
+from vfio_user.server.engines.engine import Engine
+from vfio_user.transport.fds import OwnedFd
+
+logger = logging.getLogger(__name__)
+
+_S = MigrationState
+MILLISECOND = 1_000_000  # ns
+LOOK_AGAIN = 2 * MILLISECOND
+"""Between two looks for what has changed, while a save is held."""
+SMALL = 1 << 20
+"""Bytes that are left to a short stop."""
+MAX_ROUNDS = 4
+"""Times the device's memory that are streamed before it is stopped, although much is left."""
+ANNOUNCEMENTS = (0, 50, 200, 450, 800)
+"""Milliseconds after the request: five frames with growing gaps, as QEMU announces its own cards."""
+
+
+@dataclass(slots=True)
+class Transfer:
+    """A save or a load under way."""
+
+    method: str
+    bytes: int = 0
+
+
+class DeviceControl:
+    """One for the server: the controllers have the device together."""
+
+    def __init__(self, engine: Engine[Any]) -> None:
+        assert engine.device is not None
+        self.engine = engine
+        self.device = engine.device
+        self.host = engine.host
+        self.migration = engine.host.migration
+        self.transfer: Transfer | None = None
+        self._stop_wanted = False
+        """A `stop` came while a state was saved or loaded."""
+
+    @property
+    def claimed(self) -> bool:
+        """Whether a controller has the device stopped, saves or restores it."""
+        return self.migration.claim is self
+
+    def _require_free(self) -> None:
+        """It is not the client who migrates the device at the moment."""
+        state = self.migration.state
+        if not self.claimed and state is not _S.RUNNING:
+            raise RpcError(REFUSED, f"the client moves the device itself, which is in {state.name}")
+
+    def _begin(self, method: str) -> None:
+        self._require_free()
+        if not self.migration.available:
+            raise RpcError(REFUSED, f"a device of the model {self.device.model} cannot be saved and restored")
+        if self.transfer is not None:
+            raise RpcError(REFUSED, f"a {self.transfer.method} is under way: wait, or cancel it")
+
+    # Stop and resume
+
+    def stop(self, wait_ms: int) -> Steps:
+        """Stop the device. Replies that the client owes are waited for, as long as `wait_ms`."""
+        self._require_free()
+        if self.host.running:
+            yield from self._drain(time.monotonic_ns() + wait_ms * MILLISECOND)
+        self._require_free()
+        self.migration.claim = self
+        self._stop_wanted = self.transfer is not None
+        wanted = _S.STOP_COPY if self.migration.saving else _S.STOP
+        if not self.migration.resuming and self.migration.state is not wanted:
+            self._go(wanted)
+        return {"running": self.host.running, "unanswered_dma": self.engine.outstanding}
+
+    def _drain(self, deadline: int) -> Steps:
+        self.host.gate.close()
+        self.host.dma.take_no_short_way()
+        try:
+            while self.engine.outstanding and time.monotonic_ns() < deadline:
+                yield Later(MILLISECOND // 4)
+        finally:
+            if self.host.running:
+                self.host.gate.open()
+
+    def resume(self) -> Any:
+        """Let a device that a controller has stopped go on; harmless when it runs."""
+        if self.transfer is not None:
+            raise RpcError(REFUSED, f"a {self.transfer.method} is under way: wait, or cancel it")
+        self._require_free()
+        if self.claimed:
+            self._go(_S.RUNNING)
+            self.migration.claim = None
+            self._stand_still_without_client()
+        return {"running": self.host.running}
+
+    def reset(self) -> Any:
+        """As the client's DEVICE_RESET."""
+        self.host.reset()
+        self.device.reset()
+        self.migration.reset()
+        self._stand_still_without_client()
+        return {"running": self.host.running}
+
+    def _stand_still_without_client(self) -> None:
+        if not self.engine.attached:
+            self.host.stop()  # the next client starts it
+
+    def _go(self, wanted: MigrationState) -> None:
+        try:
+            self.migration.set_state(wanted, self)
+        except DeviceError as error:
+            raise RpcError(FAILED, error.reason) from error
+
+    # Save
+
+    def save(self, given: OwnedFd, hold: bool) -> Steps:
+        """Write the state to `given`, which is ours now. A running device runs on while its memory is
+        written; at the end it is stopped for a moment, or with `hold` awaits a `stop` and stays stopped."""
+        sink = StreamFd(given, writing=True)
+        try:
+            self._begin("save")
+            origin, self.migration.claim = (self.migration.state, self.host.running), self
+            self.transfer = transfer = Transfer("save")
+            try:
+                yield from self._write_all(sink, transfer, hold and origin[1])
+            finally:
+                self.transfer = None
+                self._end_save(*origin)
+        finally:
+            sink.close()
+        return {"bytes": transfer.bytes, "running": self.host.running}
+
+    def _write_all(self, sink: StreamFd, transfer: Transfer, hold: bool) -> Steps:
+        migration, most = self.migration, MAX_ROUNDS * self._memory_size()
+        self._go(_S.PRE_COPY if self.host.running else _S.STOP_COPY)
+        session = migration.session
+        while True:
+            self._require_session(session)
+            data = self._next_record()
+            transfer.bytes += len(data)
+            yield from sink.write(data)
+            self._require_session(session)
+            copying = migration.state is _S.PRE_COPY
+            if not data and not copying:
+                return
+            if copying and not hold and (migration.pending_bytes <= SMALL or transfer.bytes > most):
+                self._go(_S.STOP_COPY)
+            yield Later(LOOK_AGAIN if hold and not data else 0)
+
+    def _memory_size(self) -> int:
+        return sum(memory.size for memory in self.device.memories().values())
+
+    def _next_record(self) -> bytes:
+        try:
+            record: bytes = self.migration.read_record(self)
+            return record
+        except DeviceError as error:
+            raise RpcError(FAILED, error.reason) from error
+
+    def _require_session(self, session: int) -> None:
+        if not self.claimed or self.migration.session != session:
+            raise RpcError(FAILED, "the client has reset the device, or left, while it was saved")
+
+    def _end_save(self, origin: MigrationState, was_running: bool) -> None:
+        """As it was before; but a `stop` that was asked for meanwhile stays in force."""
+        if not self.claimed:
+            return
+        stopped = self._stays_stopped(origin)
+        if was_running and not stopped:
+            self._go(_S.RUNNING)
+        else:
+            self.migration.abandon(self, _S.STOP if stopped else _S.RUNNING)
+        if not stopped:
+            self.migration.claim = None
+
+    def _stays_stopped(self, origin: MigrationState) -> bool:
+        wanted, self._stop_wanted = self._stop_wanted, False
+        return wanted or origin is _S.STOP
+
+    # Load
+
+    def load(self, given: OwnedFd) -> Steps:
+        """Read a state from `given`, which is ours now, to its end, and put it into the stopped device."""
+        source = StreamFd(given, writing=False)
+        try:
+            self._begin("load")
+            if self.host.running:
+                raise RpcError(REFUSED, "the device runs: stop it first")
+            origin, self.migration.claim = self.migration.state, self
+            self.transfer = transfer = Transfer("load")
+            try:
+                yield from self._read_all(source, transfer)
+            except DeviceError as error:
+                raise RpcError(FAILED, error.reason) from error
+            finally:
+                self.transfer = None
+                self._end_load(origin)
+        finally:
+            source.close()
+        return {"bytes": transfer.bytes, "running": self.host.running}
+
+    def _read_all(self, source: StreamFd, transfer: Transfer) -> Steps:
+        self.migration.set_state(_S.RESUMING, self)
+        while data := (yield from source.read()):
+            if not self.claimed:
+                raise RpcError(FAILED, "the client has reset the device, or left, while it was loaded")
+            self.migration.write(data, self)
+            transfer.bytes += len(data)
+            yield Later()
+        if not self.claimed:
+            raise RpcError(FAILED, "the client has reset the device, or left, while it was loaded")
+        self.migration.set_state(_S.STOP, self)
+
+    def _end_load(self, origin: MigrationState) -> None:
+        """Loaded or not, it stands as before: stopped by a controller, or waiting for a client to use it."""
+        if not self.claimed:
+            return
+        stopped = self._stays_stopped(origin)
+        self.migration.abandon(self, _S.STOP if stopped else _S.RUNNING)
+        if not stopped:
+            self.migration.claim = None
+
+    # The network
+
+    def announce(self) -> Any:
+        """Tell the network where the card is now: at once, and four times more."""
+        device = self.device
+        if not isinstance(device, NetDevice):
+            raise RpcError(REFUSED, f"a device of the model {device.model} is no network card")
+        if not self.host.running:
+            raise RpcError(REFUSED, "the device is stopped, and sends nothing: resume it first")
+        if device.station_address() is None:
+            raise RpcError(REFUSED, "the card has no address yet")
+        for after in ANNOUNCEMENTS:
+            self.engine.call_later(after * MILLISECOND, lambda: self._announce(device))
+        return {"frames": len(ANNOUNCEMENTS)}
+
+    def _announce(self, device: NetDevice) -> None:
+        if self.host.running:
+            device.announce()

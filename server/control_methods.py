@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The methods of the control socket: one row for each. Dispatch, checks, docs and tests read this table."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vfio_user.protocol.json_rpc import INVALID_PARAMS, METHOD_NOT_FOUND, REFUSED, RpcError
+from vfio_user.server.control_device import DeviceControl
+from vfio_user.server.control_dirty import DirtyControl
+from vfio_user.server.control_jobs import Steps
+from vfio_user.server.dma_region import Access
+from vfio_user.server.engines.engine import Engine
+from vfio_user.transport.fds import OwnedFd
+
+SHUTDOWN_AFTER = 20_000_000  # ns, in which the answer goes out
+
+
+class Control:
+    """What the methods work on. `shutdown` ends the server; `cut` ends the jobs of a transfer."""
+
+    def __init__(
+        self, engine: Engine[Any], engine_name: str, shutdown: Callable[[], None], cut: Callable[[], None]
+    ) -> None:
+        self.engine = engine
+        self.engine_name = engine_name
+        self.device = DeviceControl(engine)
+        self.dirty = DirtyControl(engine)
+        self.shutdown = shutdown
+        self.cut = cut
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter by name. Without a `default` it must be given."""
+
+    name: str
+    kind: type[bool] | type[int]
+    default: bool | int | None
+    text: str
+    least: int = 0
+    most: int = 1 << 30
+
+    def check(self, value: Any) -> bool | int:
+        """RpcError when the value is not of its kind."""
+        if type(value) is not self.kind or not self.least <= value <= self.most:
+            wanted = "true or false" if self.kind is bool else f"a number from {self.least} to {self.most}"
+            raise RpcError(INVALID_PARAMS, f"{self.name}: {wanted}")
+        return value
+
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """`run` gives the result, or the steps to it. With `stream` ("written", "read") a descriptor has to come
+    with the request; `run` owns it."""
+
+    name: str
+    run: Callable[[Control, Arguments, OwnedFd | None], Any | Steps]
+    text: str
+    when: str
+    params: tuple[Param, ...] = ()
+    stream: str = ""
+
+    def arguments(self, given: Mapping[str, Any]) -> Arguments:
+        """The parameters with their defaults. RpcError for one that is unknown, missing or wrong."""
+        known = {param.name for param in self.params}
+        if unknown := sorted(given.keys() - known):
+            raise RpcError(INVALID_PARAMS, f"{self.name} has no parameter {unknown[0][:40]!r}")
+        arguments = {param.name: given.get(param.name, param.default) for param in self.params}
+        return {param.name: param.check(arguments[param.name]) for param in self.params}
+
+
+def _state(control: Control) -> Any:
+    engine, device, migration = control.engine, control.device.device, control.device.migration
+    transfer = control.device.transfer
+    return {
+        "model": device.model,
+        "state_version": device.state_version,
+        "engine": control.engine_name,
+        "client": {"attached": engine.attached, "served": engine.clients_served},
+        "running": engine.host.running,
+        "migration": {
+            "state": migration.state.name,
+            "owner": "controller" if control.device.claimed else "client",
+            "reason": migration.reason,
+        },
+        "transfer": None if transfer is None else {"method": transfer.method, "bytes": transfer.bytes},
+        "bus_master": engine.host.dma.enabled,
+        "unanswered_dma": engine.outstanding,
+        "memory": _memory(engine),
+        "dirty_log": control.dirty.figures(),
+        "write_through": engine.host.dma.write_through,
+        "counters": dict(engine.counters()),
+    }
+
+
+def _memory(engine: Engine[Any]) -> Any:
+    """Bytes of guest memory by the way to reach it."""
+    sizes = dict.fromkeys((access.value for access in Access), 0)
+    for region in engine.host.table:
+        sizes[region.access.value] += region.size
+    return sizes
+
+
+def _cancel(control: Control) -> Any:
+    if control.device.transfer is None:
+        raise RpcError(REFUSED, "no save or load is under way")
+    control.cut()
+    return {}
+
+
+def _shutdown(control: Control) -> Any:
+    control.engine.call_later(SHUTDOWN_AFTER, control.shutdown)
+    return {}
+
+
+def _owned(fd: OwnedFd | None) -> OwnedFd:
+    assert fd is not None  # checked by `stream`
+    return fd
+
+
+_WAIT = Param("wait", int, 100, "milliseconds to wait for DMA replies that the client owes", most=60_000)
+_HOLD = Param("hold", bool, False, "go on writing what changes until a `stop`, and stay stopped")
+_PAGE = Param("page_size", int, 4096, "bytes, a power of two", least=4096)
+_CLEAR = Param("clear", bool, False, "forget what is reported")
+_WHOLE = Param("whole", bool, False, "rewrite whole pages instead of one byte in each")
+_ON = Param("on", bool, None, "true or false")
+_LOG = "a controller has started the log; native engine"
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            "state",
+            lambda c, a, fd: _state(c),
+            "what device, client, migration and dirty log are at",
+            "always",
+        ),
+        Method(
+            "stop",
+            lambda c, a, fd: c.device.stop(a["wait"]),
+            "stop the device: it answers, but starts and sends nothing, and remembers what it is asked",
+            "unless the client migrates it itself",
+            (_WAIT,),
+        ),
+        Method(
+            "resume",
+            lambda c, a, fd: c.device.resume(),
+            "let it go on, and fire the interrupts that are due; without a client it waits for one",
+            "no save or load is under way, and the client does not migrate it itself",
+        ),
+        Method(
+            "save",
+            lambda c, a, fd: c.device.save(_owned(fd), a["hold"]),
+            "write its state to the descriptor: memory while it runs, the rest in a short stop",
+            "the model can be saved, no save or load is under way, and the client does not migrate it itself",
+            (_HOLD,),
+            stream="written",
+        ),
+        Method(
+            "load",
+            lambda c, a, fd: c.device.load(_owned(fd)),
+            "read a state from the descriptor to its end, check it, and put it into the device",
+            "as `save`, and the device is stopped, or no client uses it yet",
+            stream="read",
+        ),
+        Method(
+            "cancel",
+            lambda c, a, fd: _cancel(c),
+            "end the save or load under way; the device is as it was before",
+            "a save or load is under way",
+        ),
+        Method(
+            "log-start",
+            lambda c, a, fd: c.dirty.start(a["page_size"]),
+            "log the pages of guest memory that the device writes without the client's seeing it",
+            "the client has not started it itself; native engine",
+            (_PAGE,),
+        ),
+        Method(
+            "log-stop",
+            lambda c, a, fd: c.dirty.stop(),
+            "forget the log",
+            "it is not the client's; native engine",
+        ),
+        Method(
+            "log-report",
+            lambda c, a, fd: c.dirty.report(a["clear"]),
+            "the dirty pages, as ranges",
+            _LOG,
+            (_CLEAR,),
+        ),
+        Method(
+            "log-hand-over",
+            lambda c, a, fd: c.dirty.hand_over(a["whole"]),
+            "let the client write what is in the dirty pages already, so that it knows of them; **the "
+            "guest's CPUs must be stopped**",
+            _LOG + "; the device is stopped",
+            (_WHOLE,),
+        ),
+        Method(
+            "write-through",
+            lambda c, a, fd: c.dirty.write_through(a["on"]),
+            "write to mapped memory by message, so that the client knows of each write; ends with the client",
+            "a client is there; native engine",
+            (_ON,),
+        ),
+        Method(
+            "announce",
+            lambda c, a, fd: c.device.announce(),
+            "tell the network where the card is now: five reverse ARP requests within 0.8 s",
+            "the model is a network card, and runs",
+        ),
+        Method(
+            "reset",
+            lambda c, a, fd: c.device.reset(),
+            "reset the device, as the client's DEVICE_RESET",
+            "always",
+        ),
+        Method("shutdown", lambda c, a, fd: _shutdown(c), "end the server, as SIGTERM", "always"),
+    )
+}
+
+
+def find_method(name: str) -> Method:
+    """The row of a method. RpcError."""
+    method = METHODS.get(name)
+    if method is None:
+        raise RpcError(METHOD_NOT_FOUND, f"there is no method {name[:40]!r}; there are {', '.join(METHODS)}")
+    return method
