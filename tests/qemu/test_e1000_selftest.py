@@ -26,14 +26,27 @@ Serve = Callable[..., AbstractAsyncContextManager[ServerProcess]]
 pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(180)]
 
 
-@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "message"])
-@pytest.mark.parametrize("chipset", ["q35", "i440fx"])
+@pytest.mark.parametrize(
+    ("chipset", "mapped", "engine"),
+    [
+        ("q35", True, "native"),
+        ("q35", False, "native"),
+        ("i440fx", True, "native"),
+        ("i440fx", False, "native"),
+        ("q35", True, "libvfio-user"),
+    ],
+)
 async def test_all_five_pass(
-    guest_machine: GuestMachine, serve: Serve, namespace: Namespace, chipset: Chipset, mapped: bool
+    guest_machine: GuestMachine,
+    serve: Serve,
+    namespace: Namespace,
+    chipset: Chipset,
+    mapped: bool,
+    engine: str,
 ) -> None:
     namespace.add_tap("t0", "10.9.0.1/24")
     async with (
-        serve("e1000", "--net", "tap:t0", netns=namespace.name) as server,
+        serve("e1000", "--net", "tap:t0", "--engine", engine, netns=namespace.name) as server,
         broadcasts(namespace),
     ):
         devices = [VfioUserDevice(server.path)]

@@ -23,13 +23,26 @@ FCS = 4
 pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(1200)]
 
 
-@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "message"])
-@pytest.mark.parametrize("chipset", ["q35", "i440fx"])
+@pytest.mark.parametrize(
+    ("chipset", "mapped", "engine"),
+    [
+        ("q35", True, "native"),
+        ("q35", False, "native"),
+        ("i440fx", True, "native"),
+        ("i440fx", False, "native"),
+        ("q35", True, "libvfio-user"),
+    ],
+)
 async def test_traffic(
-    guest_machine: GuestMachine, serve: Serve, namespace: Namespace, chipset: Chipset, mapped: bool
+    guest_machine: GuestMachine,
+    serve: Serve,
+    namespace: Namespace,
+    chipset: Chipset,
+    mapped: bool,
+    engine: str,
 ) -> None:
     namespace.add_tap("t0", f"{HOST}/24")
-    async with serve("e1000", "--net", "tap:t0", netns=namespace.name) as server:
+    async with serve("e1000", "--net", "tap:t0", "--engine", engine, netns=namespace.name) as server:
         devices = [VfioUserDevice(server.path)]
         options = MachineOptions(chipset, mapped, devices=devices, files=GUEST_FILES)
         async with guest_machine(options) as guest:
