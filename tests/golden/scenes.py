@@ -16,6 +16,7 @@ from vfio_user.device_models.e1000.bits import Cause, Ctrl, Eecd, Rctl
 from vfio_user.device_models.e1000.device import E1000
 from vfio_user.device_models.fake_host import FakeHost
 from vfio_user.device_models.fake_migration import SavedDevice, save_device
+from vfio_user.device_models.faulty import ENDLESS, Faulty
 from vfio_user.device_models.regions import Region
 from vfio_user.device_models.scratch import Scratch
 
@@ -101,6 +102,20 @@ def scratch() -> SavedDevice:
     return save_device(host, device)
 
 
+def faulty() -> SavedDevice:
+    """In the middle of an endless task, with a message that was masked."""
+    host = FakeHost()
+    device = Faulty(host, memory=4096)
+    host.enabled_irqs, host.masked = {IrqIndex.MSI}, {(IrqIndex.MSI, 0)}
+    device.regions[0].write(0x00, b"word")
+    device.regions[2].write(4090, b"memory")
+    device.interrupts.notify(0)
+    device.regions[0].write(0x0C, ENDLESS.to_bytes(4, "little"))
+    for _ in range(3):
+        host.tasks.run_ready()
+    return save_device(host, device)
+
+
 def _copy(registers: Region, length: int) -> None:
     """From 0 to 0x40000."""
     registers.write(0xFE0, bytes(8) + (0x4_0000).to_bytes(8, "little") + length.to_bytes(4, "little"))
@@ -112,6 +127,11 @@ def _fresh_e1000() -> tuple[FakeHost, Device]:
     return host, E1000(host, RecordingPort())
 
 
+def _fresh_faulty() -> tuple[FakeHost, Device]:
+    host = FakeHost()
+    return host, Faulty(host, memory=4096)
+
+
 def _fresh_scratch() -> tuple[FakeHost, Device]:
     host = FakeHost()
     return host, Scratch(host, memory=1 << 20)
@@ -120,6 +140,7 @@ def _fresh_scratch() -> tuple[FakeHost, Device]:
 SCENES: dict[str, tuple[Callable[[], SavedDevice], Callable[[], tuple[FakeHost, Device]]]] = {
     "e1000": (e1000, _fresh_e1000),
     "scratch": (scratch, _fresh_scratch),
+    "faulty": (faulty, _fresh_faulty),
 }
 """By model: what makes the state, and a device that has just been made to take it."""
 

@@ -26,7 +26,8 @@ def test_a_state_of_any_time_loads_and_is_kept_for_ever(model: str, path: Path) 
     assert unchanged
     assert {name: new[name] for name in unchanged} == {name: old[name] for name in unchanged}
     host.resume()
-    host.run()
+    for _ in range(50):
+        host.tasks.run_ready()
 
 
 @pytest.mark.parametrize(("model", "path"), NEWEST, ids=[path.stem for _, path in NEWEST])

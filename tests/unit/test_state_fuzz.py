@@ -85,7 +85,8 @@ def test_a_field_of_a_wrong_kind_is_refused_by_name_and_changes_nothing(model: s
             assert found.value.section == name
             assert found.value.field.startswith(str(path[0]))
             assert len(str(found.value)) < 300
-    for bad in (None, [], 0, {}, {**fields, "surprise": 0}, {**fields, "x" * 1000: 0}):
+    nothing: list[Any] = [{}] if fields else []
+    for bad in (None, [], 0, *nothing, {**fields, "surprise": 0}, {**fields, "x" * 1000: 0}):
         with pytest.raises(StateError):
             section.prepare(version, bad)  # type: ignore[arg-type]
     assert save_device(host, device) == before
