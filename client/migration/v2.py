@@ -5,6 +5,7 @@ The text is QEMU's specification ("VFIO_USER_DEVICE_FEATURE" and what follows) a
 """
 
 import errno
+from collections.abc import Sequence
 
 from vfio_user.client.client import Client
 from vfio_user.client.errors import RemoteError
@@ -15,6 +16,9 @@ from vfio_user.client.migration.report import MigrationError
 from vfio_user.protocol import layouts
 from vfio_user.protocol.constants import DeviceFeature, MigrationFlags, MigrationState
 from vfio_user.protocol.values import DmaLoggingRange, FeatureMigState, Payload
+
+MOST_RANGES = 256
+"""Of one DMA_LOGGING_START, in the kernel; with none at all every write is logged."""
 
 _ABSENT = (errno.ENOTTY, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
@@ -64,8 +68,8 @@ class V2Driver(Driver):
     async def start_log(self, ranges: tuple[RamRange, ...]) -> None:
         self._logged(ranges)
         if self.ranges:
-            wanted = [DmaLoggingRange(part.address, part.size) for part in self.ranges]
-            await self.client.dma_logging_start(self.page_size, wanted)
+            wanted = whole_pages(self.ranges, self.page_size)
+            await self.client.dma_logging_start(self.page_size, wanted if len(wanted) <= MOST_RANGES else ())
 
     async def stop_log(self) -> None:
         if self.ranges:
@@ -101,3 +105,16 @@ class V2Driver(Driver):
 
     async def load(self) -> None:
         await self.enter(MigrationState.STOP)
+
+
+def whole_pages(ranges: Sequence[RamRange], page_size: int) -> list[DmaLoggingRange]:
+    """The ranges, made larger to whole pages of `page_size` bytes, and joined where they touch then."""
+    joined: list[tuple[int, int]] = []
+    for part in sorted(ranges, key=lambda part: part.address):
+        begin = part.address // page_size * page_size
+        end = -(-part.end // page_size) * page_size
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((begin, end))
+    return [DmaLoggingRange(begin, end - begin) for begin, end in joined]
