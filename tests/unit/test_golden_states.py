@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from golden import scenes
+from vfio_user.device_models.catalog import MODELS
 from vfio_user.device_models.e1000.bench import BUFFER, RX_DATA, RX_RING, Bench
 from vfio_user.device_models.e1000.descriptors import DD, PIF, RECEIVE, SIZE
 from vfio_user.device_models.fake_migration import restore_device, save_device
@@ -50,6 +51,11 @@ def test_frames_of_version_1_reach_the_guest_marked_as_not_exactly_filtered() ->
         address, length, _, status, _, _ = RECEIVE.unpack_from(bench.memory, ring + index * SIZE)
         assert (length, status & (DD | PIF)) == (104, DD | PIF)
         assert bench.memory[address : address + 14] == scenes.MAC + scenes.PARTNER + b"\x08\x00"
+
+
+def test_every_model_has_a_file() -> None:
+    assert scenes.SCENES.keys() == MODELS.keys()
+    assert all(scenes.files(model) for model in MODELS)
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_field_of_a_wrong_kind_is_refused_by_name_and_changes_nothing(model: s
     nothing: list[Any] = [{}] if fields else []
     for bad in (None, [], 0, *nothing, {**fields, "surprise": 0}, {**fields, "x" * 1000: 0}):
         with pytest.raises(StateError):
-            section.prepare(version, bad)  # type: ignore[arg-type]
+            section.prepare(version, bad)
     assert save_device(host, device) == before
 
 
