@@ -12,10 +12,10 @@ export VFIO_USER_SOAK ?=
 help:
 	@echo "make demo   see it work: an e1000 driven and moved under load, and a guest where QEMU is found"
 	@echo "            make demo PLOT=run.svg draws the migrations too"
-	@echo "make test   everything: lint, types, unit, conformance, and QEMU with a real guest (as root)"
+	@echo "make test   everything: lint, types, unit, conformance, migration, and QEMU with a real guest (as root)"
 	@echo "make lint   ruff and mypy --strict"
-	@echo "make unit   lint, unit and conformance tests only: without root, and without what the lab is for"
-	@echo "make soak   the end-to-end tests with the full counts"
+	@echo "make unit   lint, unit, conformance and migration tests only: without root, and without what the lab is for"
+	@echo "make soak   the migration and end-to-end tests with the full counts"
 	@echo "make bench  the table of ratios beside the marks"
 	@echo "make lab    QEMU, guest and libvfio-user into the cache folder"
 
@@ -51,8 +51,8 @@ lint: $(VENV)/.test
 unit: lint tests
 
 tests: $(VENV)/.test
-	@echo "== unit and conformance tests"
-	@$(BIN)/coverage run -m pytest tests/unit tests/conformance
+	@echo "== unit, conformance and migration tests"
+	@$(BIN)/coverage run -m pytest tests/unit tests/conformance tests/migration
 	@$(BIN)/coverage report --skip-covered | tail -n 40
 
 lab: $(VENV)/.runtime
@@ -69,7 +69,7 @@ test: lint
 
 soak: $(VENV)/.test
 	@$(BIN)/vfio-user lab
-	@VFIO_USER_SOAK=1 $(BIN)/python -m pytest tests/qemu
+	@VFIO_USER_SOAK=1 $(BIN)/python -m pytest tests/migration tests/qemu
 
 bench: $(VENV)/.test
 	@$(BIN)/python -m vfio_user.benchmarks
