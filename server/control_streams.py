@@ -69,6 +69,8 @@ class StreamFd:
         while rest:
             try:
                 rest = rest[self._write_some(rest[:PIECE]) :]
+                if rest:
+                    yield Later()
             except BlockingIOError:
                 yield Ready(self.fileno(), writable=True)
             except OSError as error:
