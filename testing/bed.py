@@ -3,7 +3,7 @@
 
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trio
@@ -67,16 +67,24 @@ class MigrationBed:
     """As the guest knows it, wherever it is: `read` and `write` BARs, `config`, `ram`, `intx`, `msi`."""
 
     def __init__(
-        self, model: Model, options: VmmOptions, chance: random.Random, moves: int, *, compare: bool
+        self,
+        model: Model,
+        options: VmmOptions,
+        chance: random.Random,
+        moves: int,
+        *,
+        shared: bool | None,
+        compare: bool,
     ) -> None:
         self.chance = chance
-        self.options = options
-        """Of every VMM."""
         self.reports: list[Report] = []
         """Of every move."""
         self.told: list[str] = []
         """The same in words, with one that is under way."""
         self._model = model
+        self._options = options
+        self._shared = shared
+        self._mapped = chance.random() < 0.5
         self._compare = compare
         self._loaded = False
         self._moves = moves
@@ -109,10 +117,16 @@ class MigrationBed:
             port = await yard.switch.open_port(wire)
         context = yard.serving(self._model, yard.folder / f"server{number}", wire)
         server = await hold(yard.nursery, context)
-        attachment = await attach(yard.nursery, server.value.target, self.options, incoming=incoming)
+        options = replace(self._options, shared=self._next_is_mapped())
+        attachment = await attach(yard.nursery, server.value.target, options, incoming=incoming)
         if port is not None:
             await port.wait_connected()
         return Stay(server, attachment, port)
+
+    def _next_is_mapped(self) -> bool:
+        """Both ways of DMA in turn, unless a test wants one of them."""
+        self._mapped = not self._mapped
+        return self._mapped if self._shared is None else self._shared
 
     # For tests
 
@@ -143,9 +157,9 @@ class MigrationBed:
             switch=self._rewire,
         )
         limits = limits or Limits(rounds=chance.randrange(4), timeout=PATIENCE)
-        self._tell(options, limits)
         self._loaded = options.destination == "v2"  # with v1, loading and starting are one step
         self._there = await self._open(incoming=True)
+        self._tell(options, limits)
         report = await migrate(
             self._here.vmm, self._there.vmm, guest=self.guest, limits=limits, options=options
         )
@@ -156,7 +170,9 @@ class MigrationBed:
         return report
 
     def _tell(self, options: Options, limits: Limits) -> None:
-        dma = "mapped memory" if self.options.shared else "DMA by message"
+        dma = " to ".join(
+            "mapped memory" if stay.vmm.ram.shared else "DMA by message" for stay in (self._here, self._there)
+        )
         self.told.append(
             f"move {len(self.told) + 1}: {options.source} to {options.destination}, {dma}, "
             f"at most {limits.rounds} rounds, pages of {options.page_size}, "

@@ -46,7 +46,7 @@ class Settings(TypedDict, total=False):
     memory: Sequence[tuple[int, int]]
     """The guest's: address and size in bytes of each range; else `MEMORY`."""
     shared: bool
-    """The server may map it (True), or all DMA goes by message (False); else a random one of the two."""
+    """The servers may map it (True), or all DMA goes by message (False); else they do so in turn."""
     compare: bool
     """Compare what both devices would save (`MigrationBed.move`); else True."""
 
@@ -65,17 +65,14 @@ class MigrationTester:
         self, model: AnyModel, use: Use, *, moves: int | None = None, **settings: Unpack[Settings]
     ) -> None:
         """Move the device `moves` times, at random moments and over random protocols, while the guest uses
-        it: `MigrationBed.roam`, for a test that is no coroutine. Unless `shared` is given, every test is done
-        with mapped memory first, and then, with as many moves, with DMA by message."""
+        it: `MigrationBed.roam`, for a test that is no coroutine."""
         __tracebackhide__ = True
 
         async def scenario(bed: MigrationBed) -> None:
             __tracebackhide__ = True
             await bed.roam(use, moves=moves)
 
-        for shared in (settings["shared"],) if "shared" in settings else (True, False):
-            settings["shared"] = shared
-            self.run(model, scenario, **settings)
+        self.run(model, scenario, **settings)
 
     def run(
         self, model: AnyModel, scenario: Callable[[MigrationBed], Awaitable[T]], **settings: Unpack[Settings]
@@ -105,11 +102,15 @@ class MigrationTester:
         __tracebackhide__ = True
         found = find_model(model, settings.get("options", {}))
         chance = random.Random(f"{self._name} {self.seed}")
-        mapped, resample = chance.random() < 0.5, chance.random() < 0.5
-        options = VmmOptions(
-            memory=settings.get("memory", MEMORY), shared=settings.get("shared", mapped), resample=resample
+        options = VmmOptions(memory=settings.get("memory", MEMORY), resample=chance.random() < 0.5)
+        bed = MigrationBed(
+            found,
+            options,
+            chance,
+            self.moves,
+            shared=settings.get("shared"),
+            compare=settings.get("compare", True),
         )
-        bed = MigrationBed(found, options, chance, self.moves, compare=settings.get("compare", True))
         with self._told(bed):
             async with self._placed(bed):
                 yield bed

@@ -77,9 +77,20 @@ async def test_each_side_by_hand(tester: Tester, source: str, destination: str) 
         assert report.verified_pages == sum(part.size for part in bed.device.ram.ranges) // 4096
         assert bed.reports == [report]
         assert bed.told == [
-            f"move 1: {source} to {destination}, DMA by message, at most {bed_rounds(bed)} rounds, "
-            "pages of 4096, interrupts before the start: migration completed"
+            f"move 1: {source} to {destination}, DMA by message to DMA by message, "
+            f"at most {bed_rounds(bed)} rounds, pages of 4096, interrupts before the start: "
+            "migration completed"
         ]
+
+
+async def test_both_ways_of_dma_in_turn(tester: Tester) -> None:
+    async with tester().open(Scratch) as bed:
+        ways = [bed.device.ram.shared]
+        for _ in range(2):
+            await bed.move()
+            ways.append(bed.device.ram.shared)
+    assert ways in ([True, False, True], [False, True, False])
+    assert "mapped memory to DMA by message" in " ".join(bed.told)
 
 
 def bed_rounds(bed: MigrationBed) -> str:
