@@ -28,6 +28,8 @@ from vfio_user.protocol.commands import COMMANDS, Limits, Row
 from vfio_user.protocol.constants import SCM_MAX_FD, MigrationState, Role
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.protocol.migration import PATHS, STATES, V1_ARCS, V1_STATES, StateRow
+from vfio_user.server.control_methods import METHODS as CONTROL_METHODS
+from vfio_user.server.control_methods import Method, Param
 from vfio_user.server.handlers import HANDLERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +150,24 @@ def migration_paths_table() -> str:
     return table(("request", "the device passes"), rows)
 
 
+def control_methods_table() -> str:
+    """The methods of the control socket, from METHODS."""
+    heads = ("method", "parameters", "what it does", "when")
+    return table(heads, (_control_method(row) for row in CONTROL_METHODS.values()))
+
+
+def _control_method(row: Method) -> tuple[str, ...]:
+    params = [f"`{p.name}` ({_default(p)}): {p.text}" for p in row.params]
+    stream = {"written": ["a descriptor to write to"], "read": ["a descriptor to read from"]}.get(
+        row.stream, []
+    )
+    return (f"`{row.name}`", "; ".join(stream + params) or "-", row.text, row.when)
+
+
+def _default(param: Param) -> str:
+    return "needed" if param.default is None else str(param.default).lower()
+
+
 PARTS: Mapping[str, tuple[str, Callable[[], str]]] = {
     "commands": ("docs/compliance.md", commands_table),
     "models": ("README.md", models_table),
@@ -157,6 +177,7 @@ PARTS: Mapping[str, tuple[str, Callable[[], str]]] = {
     "migration diagram": ("docs/migration.md", migration_diagram),
     "migration v1 diagram": ("docs/migration.md", migration_v1_diagram),
     "migration paths": ("docs/migration.md", migration_paths_table),
+    "control methods": ("docs/control.md", control_methods_table),
 }
 """By name: the file, and what makes the part."""
 

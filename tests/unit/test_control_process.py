@@ -107,7 +107,7 @@ async def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
         assert b"is served by another process" in again.stderr
         assert not (tmp_path / "t").exists()
         await server.stop()
-    assert not control.exists()  # noqa: ASYNC240
+    assert not control.exists()
 
 
 async def test_a_file_that_was_not_written_to_its_end_does_not_stay(tmp_path: Path) -> None:
