@@ -158,9 +158,7 @@ def control_methods_table() -> str:
 
 def _control_method(row: Method) -> tuple[str, ...]:
     params = [f"`{p.name}` ({_default(p)}): {p.text}" for p in row.params]
-    stream = {"written": ["a descriptor to write to"], "read": ["a descriptor to read from"]}.get(
-        row.stream, []
-    )
+    stream = [f"a descriptor, to be {row.stream}"] if row.stream else []
     return (f"`{row.name}`", "; ".join(stream + params) or "-", row.text, row.when)
 
 

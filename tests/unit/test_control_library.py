@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The control socket of a server with the libvfio-user engine: what it can do, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+
+from vfio_user.client.control import open_control
+from vfio_user.client.fake_vmm import VmmOptions, open_vmm
+from vfio_user.client.qemu.libvfio import LIBRARY
+from vfio_user.client.qemu.paths import lab_root
+from vfio_user.client.server_process import serving
+from vfio_user.protocol.json_rpc import RpcError
+from vfio_user.server.engines.libvfio_user_library import LibraryError, find_library
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture(autouse=True)
+def _library() -> None:
+    try:
+        find_library(lab=lab_root() / "libvfio-user" / LIBRARY)
+    except LibraryError as error:
+        pytest.skip(str(error))
+
+
+async def test_stop_save_load_and_what_the_library_keeps_to_itself(tmp_path: Path) -> None:
+    path, file = tmp_path / "c", tmp_path / "f"
+    words = ["--engine", "libvfio-user", "--set", "memory=64K", "--control", str(path)]
+    async with (
+        serving("scratch", tmp_path / "s", words) as server,
+        open_control(path) as control,
+        open_vmm(server.path, VmmOptions(((0, 1 << 20),))) as vmm,
+    ):
+        await vmm.write(0, 0, 42)
+        state = await control.call("state")
+        assert (state["engine"], state["client"]["attached"], state["running"]) == (
+            "libvfio-user",
+            True,
+            True,
+        )
+        assert (state["memory"]["mapped"], state["dirty_log"]) == (1 << 20, None)
+        with file.open("wb") as stream:
+            assert (await control.call("save", fd=stream.fileno()))["running"]
+        assert not (await control.call("stop"))["running"]
+        await vmm.write(0, 0, 43)
+        with file.open("rb") as stream:
+            assert not (await control.call("load", fd=stream.fileno()))["running"]
+        assert (await control.call("resume"))["running"]
+        assert await vmm.read(0, 0) == 42
+        for method, params in (
+            ("log-start", {}),
+            ("log-stop", {}),
+            ("log-report", {}),
+            ("log-hand-over", {}),
+            ("write-through", {"on": True}),
+        ):
+            with pytest.raises(RpcError, match="the libvfio-user engine"):
+                await control.call(method, **params)
+        assert await control.call("reset") == {"running": True}
+        assert await vmm.read(0, 0) == 0
