@@ -110,8 +110,8 @@ class NetDevice(Device):
     port: NetBackend
 
     def station_address(self) -> bytes | None:
-        """The address under which it receives at the moment, 6 bytes; None: none."""
-        raise NotImplementedError
+        """The address under which it receives at the moment, 6 bytes; None: none, or it cannot be told."""
+        return None
 
     def announce(self) -> bool:
         """Tell the network where this station is now, once; False: it has no address. For a running device.

@@ -65,6 +65,8 @@ class DeviceControl:
         state = self.migration.state
         if not self.claimed and state is not _S.RUNNING:
             raise RpcError(REFUSED, f"the client moves the device itself, which is in {state.name}")
+        if self.transfer is not None and not self.claimed:
+            raise RpcError(REFUSED, f"a {self.transfer.method} that a reset has spoilt has not ended yet")
 
     def _begin(self, method: str) -> None:
         self._require_free()

@@ -105,8 +105,8 @@ class DirtyControl:
             return None
         tracking = self._engine.host.dirty
         logs = tracking.logs() if tracking.active else []
-        pages = sum(map(count_pages, (log for _, log in logs)))
-        size = sum(count_pages(log) * log.page_size for _, log in logs)
+        counts = [(count_pages(log), log.page_size) for _, log in logs]
+        pages, size = sum(count for count, _ in counts), sum(count * page for count, page in counts)
         owner = "controller" if tracking.claim is self else "client" if tracking.active else None
         return {"owner": owner, "page_size": tracking.page_size, "pages": pages, "bytes": size}
 

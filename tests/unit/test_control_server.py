@@ -536,6 +536,24 @@ async def test_a_client_that_resets_or_leaves_ends_a_save(tmp_path: Path) -> Non
         assert (await controller.call("state"))["running"]
 
 
+async def test_a_reset_while_a_state_is_loaded(tmp_path: Path) -> None:
+    """The load is over, and nothing of it may touch what is asked for afterwards."""
+    async with opened(tmp_path) as (served, controller, vmm), open_control(served.control_path) as second:
+        await controller.call("stop")
+        reader, writer = os.pipe()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_ignore, controller, "load", reader)
+            await until(second, lambda state: state["migration"]["state"] == "RESUMING")
+            await vmm.client.reset()
+            with refused("a load that a reset has spoilt"):
+                await second.call("stop")
+            os.write(writer, b"x")
+        os.close(reader)
+        os.close(writer)
+        assert not (await second.call("stop"))["running"]
+        assert (await second.call("state"))["migration"]["state"] == "STOP"
+
+
 # The dirty log
 
 
@@ -670,7 +688,7 @@ async def test_five_announcements(tmp_path: Path) -> None:
         device = served.server.device
         assert isinstance(device, E1000)
         address = device.station_address()
-        assert address is not None
+        assert address == device.mac.eeprom.mac
         assert len(set(port.frames)) == 1
         frame = port.frames[0]
         assert (len(frame), frame[:14]) == (60, b"\xff" * 6 + address + b"\x80\x35")
