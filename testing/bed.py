@@ -20,7 +20,7 @@ from vfio_user.testing.servers import Model, Served, Serving
 
 PROTOCOLS = ("v1", "v2")
 PAGE_SIZES = (4096, 8192, 65536)
-PATIENCE = 10.0
+PATIENCE = 20.0
 _LOOK_AGAIN = 0.0005
 
 Use = Callable[[GuestDevice, random.Random], Awaitable[None]]
