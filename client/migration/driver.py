@@ -89,6 +89,11 @@ class Driver(ABC):
     async def read_state(self) -> Payload | None:
         """The next piece of the device's state. None: nothing more, in PRE_COPY: now."""
 
+    async def quiet(self) -> None:
+        """Out of a state in which the device stands still, as far as to where it takes doorbells."""
+        if self.p2p and await self.state() in STANDING - {MigrationState.ERROR}:
+            await self.enter(MigrationState.RUNNING_P2P)
+
     async def resume(self) -> None:
         """Let the device run again, from whatever state an aborted migration left it in.
 

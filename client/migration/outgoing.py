@@ -198,15 +198,17 @@ class Outgoing:
         """Let everything run again as before. The reason if a device does not; then the guest stays
         stopped."""
         self.ram.log = None
-        wrong = []
-        for index, driver in enumerate(self.drivers):
-            try:
-                await driver.resume()
-            except VfioUserError as error:
-                wrong.append(f"device {index}: {reason(error)}")
+        wrong: dict[int, str] = {}
+        # All of them to P2P first: none must be touched by another while it stands still.
+        for step in (Driver.quiet, Driver.resume):
+            for index, driver in enumerate(self.drivers):
+                try:
+                    await step(driver)
+                except VfioUserError as error:
+                    wrong.setdefault(index, f"device {index}: {reason(error)}")
         await self._stop_logs()
         if wrong:
-            return "; ".join(wrong)
+            return "; ".join(wrong.values())
         if self.paused and self._guest is not None:
             self._guest.resume()
         self.paused = False
