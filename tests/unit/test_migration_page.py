@@ -13,10 +13,10 @@ _BLOCK = re.compile(r"^```python file=(\w+)\.py\n(.*?)^```$", re.MULTILINE | re.
 
 def test_the_tests_of_the_page_pass(pytester: pytest.Pytester) -> None:
     files = dict(_BLOCK.findall(PAGE.read_text()))
-    assert files.keys() == {"test_scratch", "test_by_hand"}
+    assert files.keys() == {"test_client", "test_scratch", "test_by_hand"}
     pytester.makeini("[pytest]\ntrio_mode = true\n")
     pytester.makepyfile(**files)
-    pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider").assert_outcomes(passed=3)
+    pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider").assert_outcomes(passed=4)
 
 
 def test_the_page_has_the_number_of_moves_of_the_plugin() -> None:
