@@ -48,7 +48,8 @@ class TourError(Exception):
 @dataclass(frozen=True, slots=True)
 class TourOptions:
     """`dwell`: seconds of traffic before each move. `ring`: descriptors of each of the driver's rings.
-    `beacons`: frames a second that the network sends unasked. `rate`: bytes a second from host to host."""
+    `beacons`: frames a second that the network sends unasked. `rate`: bytes a second from host to host.
+    `engines`: of the servers A and B (`--engine`). `irqs_first`: as `Options` has it."""
 
     dwell: float = 0.3
     ring: int = 1024
@@ -57,6 +58,8 @@ class TourOptions:
     limits: Limits = field(default_factory=lambda: Limits(downtime=0.03, rounds=3))
     vmm: VmmOptions = field(default_factory=lambda: VmmOptions(resample=True))
     seed: int = 1
+    engines: tuple[str, str] = ("native", "native")
+    irqs_first: bool = True
 
 
 def _silent(_progress: Progress) -> None:
@@ -176,7 +179,12 @@ class Tour:
             there.vmm,
             guest=self._guest,
             limits=self._options.limits,
-            options=Options(*way, link=slow_link(self._options.rate), switch=self._rewire),
+            options=Options(
+                *way,
+                link=slow_link(self._options.rate),
+                switch=self._rewire,
+                irqs_first=self._options.irqs_first,
+            ),
             progress=watch,
         )
 
@@ -254,10 +262,10 @@ async def open_tour(folder: Path, options: TourOptions | None = None) -> AsyncIt
     options = options or TourOptions()
     async with open_switch(Responder().answer) as switch, contextlib.AsyncExitStack() as stack:
         places = {}
-        for name in ("A", "B"):
+        for name, engine in zip(("A", "B"), options.engines, strict=True):
             wire = folder / f"{name}.wire"
             port = await switch.open_port(wire)
-            words = ["--net", f"stream:{wire}"]
+            words = ["--net", f"stream:{wire}", "--engine", engine]
             server = await stack.enter_async_context(serving("e1000", folder / f"{name}.sock", words))
             places[name] = Place(name, server, wire, port)
         tour = Tour(places, switch, options)

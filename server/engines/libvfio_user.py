@@ -10,7 +10,6 @@ requests, so a device is quiescent in every callback. What the library cannot do
 import errno
 import logging
 import os
-from contextlib import ExitStack
 from pathlib import Path
 
 from vfio_user.protocol.errors import DeviceError
@@ -35,14 +34,19 @@ class LibvfioUserServer(Engine[LibraryHost]):
         poller = Poller(log_failure)
         super().__init__(LibraryHost(poller), poller, settings or Settings())
         self._library = library
-        self._owned = ExitStack()
         self._context: Context | None = None
+        self._file: SocketFile | None = None
         self._client_fd: int | None = None
 
     def close(self) -> None:
-        self._owned.close()
-        self._context = None
+        self._close_context()
         super().close()
+
+    def _close_context(self) -> None:
+        if self._context is not None and self._file is not None:
+            self._context.destroy()
+            self._file.remove()
+        self._context = self._file = None
 
     @property
     def ended(self) -> bool:
@@ -57,15 +61,23 @@ class LibvfioUserServer(Engine[LibraryHost]):
             context = Context(self._library, path)
         except OSError as error:
             raise ListenError.at(path, error) from error
-        self._owned.callback(SocketFile(path).remove)
-        self._owned.callback(context.destroy)
-        self._context = context
+        self._context, self._file = context, SocketFile(path)
         self.host.connect(context)
         Callbacks(context, self.host, self.device, self._client_lost).set_up(self.settings.max_dma_maps)
         self._await_client(context)
 
     def adopt_fd(self, fd: int) -> None:
         raise DeviceError("libvfio-user makes its own socket: give --socket-path, or take --engine native")
+
+    def _await_next_client(self, context: Context) -> None:
+        """Where the library would take the state of a migration over to the next client, and no function
+        changes that, the next client gets another context, at the same path."""
+        if self._file is None or not self.host.left_in_migration:
+            self._await_client(context)
+            return
+        path = self._file.path
+        self._close_context()
+        self.listen_at(path)
 
     def _await_client(self, context: Context) -> None:
         fd = context.poll_fd()
@@ -117,7 +129,7 @@ class LibvfioUserServer(Engine[LibraryHost]):
             if error.errno != errno.ENOTCONN:
                 self._drop(context, error.errno or errno.EIO)
         if self._client_fd is None:
-            self._await_client(context)
+            self._await_next_client(context)
 
     def _drop(self, context: Context, error: int) -> None:
         if self._client_fd is None:
@@ -141,6 +153,6 @@ class LibvfioUserServer(Engine[LibraryHost]):
         assert context is not None
         lost = self.host.library_dma.take_lost()
         if self._client_fd is None:
-            self._await_client(context)
+            self._await_next_client(context)
         elif lost:
             self._drop(context, lost)

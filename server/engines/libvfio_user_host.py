@@ -2,6 +2,7 @@
 """The host that the libvfio-user engine gives to a device."""
 
 from vfio_user.device_models.device import Device
+from vfio_user.protocol.constants import MigrationState
 from vfio_user.server.engines.libvfio_user_context import Context
 from vfio_user.server.engines.libvfio_user_dma import MESSAGE_SIZE, LibraryDma, LibraryTable
 from vfio_user.server.engines.libvfio_user_irqs import LibraryIrqs
@@ -38,8 +39,14 @@ class LibraryHost(EngineHost):
         """The context is there. It must not be realized yet."""
         self._context = context
         self.library_dma = LibraryDma(self._table, context)
+        self._library_migration = LibraryMigration(context, self.migration)
         if self.migration.available:
-            LibraryMigration(context, self.migration).set_up()
+            self._library_migration.set_up()
+
+    @property
+    def left_in_migration(self) -> bool:
+        """Whether the library's last state of migration is another than running."""
+        return self._library_migration.state is not MigrationState.RUNNING
 
     def stop(self) -> None:
         self.ioeventfds.ring_all()

@@ -33,6 +33,8 @@ class LibraryMigration:
     def __init__(self, context: Context, engine: MigrationEngine) -> None:
         self._context = context
         self._engine = engine
+        self.state = MigrationState.RUNNING
+        """What the library was last allowed to change to."""
         self._area = bytearray()
         """v1: what was prepared for reading, or is being written."""
 
@@ -68,6 +70,7 @@ class LibraryMigration:
         wanted = STATES[abi.MigrationState(state)]
         self._area = bytearray(DATA_SIZE if wanted is MigrationState.RESUMING else 0)
         self._engine.set_state(wanted)
+        self.state = wanted
         return 0
 
     # v1
