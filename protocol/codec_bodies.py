@@ -121,6 +121,12 @@ def _read_mig_data_payload(name: str, body: memoryview) -> tuple[Any, ...]:
     return _payload(name, body, size, MIG_DATA_BODY.size, "size"), argsz
 
 
+def _read_mig_data_padded(name: str, body: memoryview) -> tuple[Any, ...]:
+    """What follows the data means nothing."""
+    _, size = unpack(MIG_DATA_BODY, name, body)
+    return _read_mig_data_payload(name, body[: MIG_DATA_BODY.size + size])
+
+
 def _read_feature(name: str, body: memoryview) -> tuple[Any, ...]:
     argsz, flags = unpack(FEATURE_BODY, name, body)
     return flags, body[FEATURE_BODY.size :], argsz
@@ -179,7 +185,7 @@ READERS: Mapping[type[m.Structure], _Reader] = {
     m.DmaWriteRequest: _read_dma_payload,
     m.RegionWriteMultiRequest: _read_writes,
     m.MigDataReadRequest: _read_mig_data,
-    m.MigDataReadReply: _read_mig_data_payload,
+    m.MigDataReadReply: _read_mig_data_padded,
     m.MigDataWriteRequest: _read_mig_data_payload,
     m.DeviceFeatureRequest: _read_feature,
     m.DirtyPagesRequest: _read_dirty_pages,

@@ -30,13 +30,15 @@ _HEAD_LIMIT = 64
 @dataclass(frozen=True, slots=True)
 class Layout:
     """`length` names the wire field that counts the bytes of `payload`, the field that ends the message.
-    `optional`: an empty body stands for the value with all fields at their defaults."""
+    `optional`: an empty body stands for the value with all fields at their defaults. `padded`: more bytes
+    may follow than `length` says, and mean nothing."""
 
     kind: type[Structure]
     struct: Construct[Any, Any]
     payload: str | None = None
     length: str | None = None
     optional: bool = False
+    padded: bool = False
 
     def parse(self, body: memoryview) -> Structure:
         if self.optional and not body:
@@ -47,7 +49,8 @@ class Layout:
             field.name: parsed[field.name] for field in fields(cast(Any, self.kind)) if field.name in parsed
         }
         if self.payload:
-            values[self.payload] = body[stream.tell() :]
+            end = stream.tell() + parsed[self.length] if self.padded and self.length else len(body)
+            values[self.payload] = body[stream.tell() : end]
             self._check_length(parsed, len(values[self.payload]))
         return self.kind(**values)
 

@@ -183,7 +183,8 @@ _ALL = (
     Layout(m.DmaLoggingControl, DMA_LOGGING_CONTROL),
     Layout(m.DmaLoggingReport, DMA_LOGGING_REPORT, payload="bitmap"),
     Layout(m.MigDataReadRequest, MIG_DATA),
-    Layout(m.MigDataReadReply, MIG_DATA, payload="data", length="size"),
+    # libvfio-user sends as many bytes as were asked for, however few the data has.
+    Layout(m.MigDataReadReply, MIG_DATA, payload="data", length="size", padded=True),
     Layout(m.MigDataWriteRequest, MIG_DATA, payload="data", length="size"),
     Layout(m.MigDataWriteReply, EMPTY),
 )

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,6 +94,18 @@ def test_numbers_that_do_not_fit_are_a_local_error() -> None:
         codec.pack_region_read(1 << 16, 0, 0, 4)
     with pytest.raises(LocalProtocolError):
         codec.pack_error(0, 999, -1)
+
+
+@pytest.mark.parametrize("parse", [codec.parse, layouts.parse], ids=["struct", "construct"])
+@pytest.mark.parametrize("surplus", [0, 1, 4096])
+def test_bytes_after_the_data_of_a_migration_reply_mean_nothing(
+    parse: Callable[[type[m.MigDataReadReply], bytes], m.MigDataReadReply], surplus: int
+) -> None:
+    """libvfio-user sends as many as were asked for."""
+    body = layouts.build(m.MigDataReadReply(b"four"))
+    assert parse(m.MigDataReadReply, body + bytes(surplus)) == m.MigDataReadReply(b"four")
+    with pytest.raises(RemoteProtocolError):
+        parse(m.MigDataReadReply, body[:-1])
 
 
 def test_too_few_bytes_are_a_remote_error() -> None:
