@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _S = MigrationState
 _RESTORE = (_S.RESUMING, _S.STOP)
+_HANDED_OVER = (_S.STOP, _S.STOP_COPY)
 
 
 class Stoppable(Protocol):
@@ -114,11 +115,15 @@ class MigrationEngine:
         self._resume()
 
     def client_left(self) -> None:
-        """What was half done belonged to the client. The device keeps its state, stopped for the next."""
+        """What was half done belonged to the client. The device keeps its state, stopped for the next.
+
+        A device that stood still by a client's wish may run elsewhere by now. It stands still until the next
+        client resets it or says that it shall run: its old work is not to be done on that client's memory.
+        """
         self._forget()
         self.claim = None
         if not self._broken:
-            self.state = MigrationState.RUNNING
+            self.state = _S.STOP if self.state in _HANDED_OVER else _S.RUNNING
 
     def abandon(self, by: object, state: MigrationState) -> None:
         """End a session of the claimer's: the device stands still, and is said to be in `state` again.

@@ -377,7 +377,7 @@ def test_a_client_that_vanishes_leaves_the_device_as_it_is(state: MigrationState
         bench.engine.write(saved(fragile)[:100])
     bench.host.stop()
     bench.engine.client_left()
-    assert bench.engine.state is S.RUNNING
+    assert bench.engine.state is (S.STOP if state in (S.STOP, S.STOP_COPY) else S.RUNNING)
     assert not bench.host.running, "until the next client uses it"
     assert not bench.engine.saving
     assert not bench.engine.resuming
@@ -386,6 +386,23 @@ def test_a_client_that_vanishes_leaves_the_device_as_it_is(state: MigrationState
     bench.go(S.RESUMING).engine.write(data)
     bench.go(S.RUNNING)
     expect_kept(bench)
+
+
+@pytest.mark.parametrize("state", [S.STOP, S.STOP_COPY])
+def test_what_a_device_that_was_moved_away_still_owed_is_not_done_for_the_next_client(
+    state: MigrationState,
+) -> None:
+    bench = Bench()
+    bench.write(DOORBELL, bytes(4))
+    bench.go(state)
+    bench.engine.client_left()
+    assert not bench.engine.may_run
+    bench.host.reset()
+    bench.device.reset()
+    bench.engine.reset()
+    bench.host.run()
+    assert bench.engine.may_run
+    assert bench.status() == 0
 
 
 def test_a_client_that_vanishes_after_a_bad_stream_leaves_the_device_as_it_is() -> None:
