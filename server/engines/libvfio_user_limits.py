@@ -167,8 +167,8 @@ LIMITS: tuple[Limit, ...] = (
         "v1 states",
         "while the device is stopped, or in stop-and-copy, only the migration region and DIRTY_PAGES are "
         "served: no other region, no DMA_UNMAP, no RESET; pre-copy cannot be given up; a restore that failed "
-        "shows as resuming; a client that leaves in pre-copy, or with dirty pages logged, leaves that to the "
-        "next one; a value far above 7 may end the server",
+        "shows as resuming; a client that leaves while dirty pages are logged leaves that to the next one; "
+        "a value far above 7 may end the server",
         "commands and changes of state are looked up in tables of the library's own, without a bound",
         V1_ONLY,
     ),

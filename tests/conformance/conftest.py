@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
@@ -14,7 +14,7 @@ from conformance import patience
 from conformance import raw as raw_module
 from conformance.engines import ENGINES, Engine, Place, Serve, Served, Wanted
 from conformance.holdings import expect_holdings, holdings
-from conformance.limits import edition_of_library, library, limit_of
+from conformance.limits import edition_of_library, limit_of, require_library
 from conformance.nursery import Zygote
 from conformance.raw import RawClient, connect
 from vfio_user.client.background import background
@@ -63,13 +63,6 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return found
 
 
-def missing(reason: str) -> NoReturn:
-    """Fails the test in CI and skips it elsewhere."""
-    if os.environ.get("CI", "").lower() == "true":
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
     """The process that servers apart are forked from."""
@@ -85,8 +78,8 @@ async def serve(engine: Engine, zygote: Zygote, tmp_path: Path) -> AsyncIterator
     When the test's clients have gone, a server must hold what it held before they came; when the servers
     have ended, this process must.
     """
-    if engine.apart and isinstance(reason := library(), str):
-        missing(reason)
+    if engine.apart:
+        require_library()
     before_all = holdings(os.getpid())
     before: dict[int, Counter[str]] = {}
     with ExitStack() as stack:

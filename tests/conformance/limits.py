@@ -6,8 +6,11 @@ elsewhere (`ELSEWHERE`).
 """
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import pytest
 
 from vfio_user.client.qemu.libvfio import LIBRARY
 from vfio_user.client.qemu.paths import lab_root
@@ -270,6 +273,16 @@ def library() -> Library | str:
         return find_library(lab=lab_root() / "libvfio-user" / LIBRARY)
     except LibraryError as error:
         return str(error)
+
+
+def require_library() -> None:
+    """Without a library: fails the test in CI, and skips it elsewhere."""
+    found = library()
+    if not isinstance(found, str):
+        return
+    if os.environ.get("CI", "").lower() == "true":
+        pytest.fail(found, pytrace=False)
+    pytest.skip(found)
 
 
 def edition_of_library() -> str:

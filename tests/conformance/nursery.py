@@ -29,7 +29,7 @@ from vfio_user.device_models.device import Device
 from vfio_user.server.engines.engine import Engine, Settings
 
 LIFE = 60
-"""Seconds after which a server is killed, whatever it is doing."""
+"""Seconds after which a server is killed, whatever it is doing, unless its order says otherwise."""
 
 PATIENCE = 5.0
 _FORMAT = "%(levelname)s %(name)s: %(message)s"
@@ -45,6 +45,7 @@ class Order:
     log: Path
     assignments: tuple[str, ...]
     settings: Settings
+    life: int = LIFE
 
 
 class Child:
@@ -123,7 +124,7 @@ def main() -> None:
 
 
 def _serve(order: Order, control: socket.socket) -> int:
-    signal.alarm(LIFE)
+    signal.alarm(order.life)
     log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from conformance.limits import edition_of_library, library
+from conformance.limits import edition_of_library, require_library
 from vfio_user.client.fake_vmm import VmmOptions
 from vfio_user.client.tour import TourOptions, open_tour
 
@@ -21,12 +21,7 @@ ENGINES = [("native", "libvfio-user"), ("libvfio-user", "native"), ("libvfio-use
 
 @pytest.fixture(autouse=True)
 def _library() -> None:
-    """Fails the test in CI without a library, and skips it elsewhere."""
-    found = library()
-    if isinstance(found, str):
-        if os.environ.get("CI", "").lower() == "true":
-            pytest.fail(found, pytrace=False)
-        pytest.skip(found)
+    require_library()
 
 
 def tour_options(engines: tuple[str, str]) -> TourOptions:
