@@ -199,11 +199,11 @@ class MigrationBed:
         chance = random.Random(self.chance.random())
         with trio.CancelScope() as scope:
             self.guest.start(self._use, use, chance, ending, ended, scope)
+            await self._used_again()  # a move before the first use would show nothing
             for _ in range(self._moves if moves is None else moves):
                 await trio.sleep(self.chance.random() * within)
                 await self.move()
-                before = self._uses
-                await self._until(lambda before=before: self._uses > before)  # type: ignore[misc]
+                await self._used_again()
             ending.set()
             await self._until(ended.is_set)
         if self._failure is not None:
@@ -224,6 +224,11 @@ class MigrationBed:
             self._failure = error
             scope.cancel()
         ended.set()
+
+    async def _used_again(self) -> None:
+        __tracebackhide__ = True
+        before = self._uses
+        await self._until(lambda: self._uses > before)
 
     async def _until(self, done: Callable[[], bool]) -> None:
         __tracebackhide__ = True
