@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from vfio_user.client.qemu.shell import LabError, Shell
 
 BUILD = ("gcc", "libc6-dev", "pkg-config", "meson", "ninja-build", "libjson-c-dev", "libcmocka-dev")
-TOOLS = ("iproute2", "iperf3", "ethtool", "pciutils", "socat", "passt")
+TOOLS = ("iproute2", "iperf3", "ethtool", "pciutils", "socat", "passt", "valgrind")
 
 
 def installed(shell: Shell, packages: Iterable[str]) -> dict[str, str]:
