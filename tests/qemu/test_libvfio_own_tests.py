@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""libvfio-user's own Python tests pass on the very library that our engine loads: the lab's build is sound."""
+"""libvfio-user's own Python tests pass on the very library that our engine loads: its build is sound."""
 
 import os
 import re
