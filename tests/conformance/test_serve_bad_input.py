@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from conformance.holdings import holdings
+from conformance.limits import require_library
+from vfio_user.cli.engines import ENGINES
 from vfio_user.cli.main import main
+from vfio_user.server.engines.libvfio_user_library import VARIABLE
 from vfio_user.transport.listener import SUN_PATH_SIZE, Listener
 
 Refused = Callable[..., str]
@@ -122,12 +125,48 @@ def test_what_is_asked_for_is_told_with_status_0(
     assert "vfio-user" in capfd.readouterr().out or arguments == ["list"]
 
 
+# The engine
+
+
+def test_a_library_that_is_none(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("scratch", "--engine", "libvfio-user", "--socket-path", tmp_path / "nic.sock")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "none.so"))
+    assert "make lab" in refused(*arguments)
+    monkeypatch.setenv(VARIABLE, "libc.so.6")
+    assert "libc.so.6 is no libvfio-user" in refused(*arguments)
+
+
+def test_no_library_at_all(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv("VFIO_USER_LAB", str(tmp_path))
+    monkeypatch.setattr("vfio_user.server.engines.libvfio_user_library.SONAME", "libvfio-user-none.so.0")
+    complaint = refused("scratch", "--engine", "libvfio-user", "--socket-path", tmp_path / "nic.sock")
+    assert f"build it with `make lab`, or name one with {VARIABLE}=PATH" in complaint
+
+
+def test_a_descriptor_that_the_engine_does_not_take(refused: Refused) -> None:
+    require_library()
+    assert "give --socket-path" in refused("scratch", "--engine", "libvfio-user", "--fd", "0")
+
+
+@pytest.mark.parametrize("name", ["x" * SUN_PATH_SIZE, "none/nic.sock", "file", "file/nic.sock"])
+def test_a_path_that_the_engines_library_cannot_have(refused: Refused, tmp_path: Path, name: str) -> None:
+    require_library()
+    (tmp_path / "file").touch()
+    complaint = refused("scratch", "--engine", "libvfio-user", "--socket-path", tmp_path / name)
+    assert "choose" in complaint or "make its folder" in complaint
+
+
 # The path
 
 
-def test_a_path_that_is_served(refused: Refused, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_path_that_is_served(refused: Refused, tmp_path: Path, engine: str) -> None:
+    if engine == "libvfio-user":
+        require_library()
     with closing(Listener.bind(tmp_path / "nic.sock")):
-        assert "another process" in refused("scratch", "--socket-path", tmp_path / "nic.sock")
+        arguments = ("scratch", "--engine", engine, "--socket-path", tmp_path / "nic.sock")
+        assert "another process" in refused(*arguments)
 
 
 def test_a_path_that_is_served_by_somebody_too_busy_to_answer(refused: Refused, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ import trio
 from conformance import wire
 from conformance.driving import PAGE
 from conformance.holdings import expect_holdings, holdings
+from conformance.limits import require_library
 from conformance.raw import connect
+from vfio_user.cli.engines import ENGINES
 
 PROGRAM = "from vfio_user.cli.main import main; main(prog_name='vfio-user')"
 TESTS = Path(__file__).resolve().parents[1]
@@ -51,12 +53,20 @@ def exit_of(process: "subprocess.Popen[str]") -> tuple[int, str]:
     return process.returncode, complaint
 
 
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name == "libvfio-user":
+        require_library()
+    return name
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_ends_it_with_status_0_and_removes_the_socket(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, engine: str
 ) -> None:
     path = tmp_path / "nic.sock"
-    with serving("scratch", "--socket-path", path) as process:
+    with serving("scratch", "--socket-path", path, "--engine", engine) as process:
         async with connect(path) as raw:  # it can be connected to as soon as it has said so
             await raw.expect_alive()
             process.send_signal(number)
@@ -65,11 +75,11 @@ async def test_a_signal_ends_it_with_status_0_and_removes_the_socket(
     assert not path.exists()
 
 
-async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
+async def test_a_stale_socket_is_replaced(tmp_path: Path, engine: str) -> None:
     path = tmp_path / "nic.sock"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(os.fspath(path))
-    with serving("scratch", "--socket-path", path) as process:
+    with serving("scratch", "--socket-path", path, "--engine", engine) as process:
         async with connect(path) as raw:
             await raw.expect_alive()
         process.terminate()
@@ -77,9 +87,9 @@ async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_socket_that_somebody_else_has_put_there_stays(tmp_path: Path) -> None:
+def test_a_socket_that_somebody_else_has_put_there_stays(tmp_path: Path, engine: str) -> None:
     path = tmp_path / "nic.sock"
-    with serving("scratch", "--socket-path", path) as process:
+    with serving("scratch", "--socket-path", path, "--engine", engine) as process:
         path.rename(tmp_path / "moved")
         path.touch()
         process.terminate()
