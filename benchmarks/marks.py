@@ -11,6 +11,7 @@ Verdict = Literal["moonshot", "met", "missed", ""]
 C = "libvfio-user's C sample server"
 LIBRARY = "a C server of libvfio-user with memory of the same size"
 BUILT_IN = "QEMU's built-in e1000 in the same guest"
+SIDE_BY_SIDE = "the C sample server, with both our engines in the same rounds"
 EMPTY = "ourselves with no region mapped"
 UNLOGGED = "ourselves without dirty logging, in one process"
 
@@ -62,6 +63,17 @@ _ROWS = (
     Measure("dma.split", "DMA_MAP + UNMAP of 1 MiB, two CPUs, p50", "µs", C),
     Measure("dma15.same", "the same with 15 regions there, one CPU", "µs", C),
     Measure("dma15.split", "the same with 15 regions there, two CPUs", "µs", C),
+    *(
+        Measure(f"{engine}.{key}.{mode}", f"{text}, {cpus}: {name}", unit, SIDE_BY_SIDE)
+        for key, text, unit in (
+            ("read", "REGION_READ 8 bytes", "µs"),
+            ("flight", "32 reads in flight", "k/s"),
+            ("posted", "posted REGION_WRITE", "k/s"),
+            ("dma", "DMA_MAP + UNMAP", "µs"),
+        )
+        for mode, cpus in (("same", "one CPU"), ("split", "two CPUs"))
+        for engine, name in (("native", "native"), ("library", "ctypes"))
+    ),
     Measure("bulk64k.same", "REGION_READ 64 KiB, one CPU", "MB/s", LIBRARY),
     Measure("bulk64k.split", "REGION_READ 64 KiB, two CPUs", "MB/s", LIBRARY),
     Measure("bulk1m.same", "REGION_READ 1 MiB, one CPU", "MB/s", LIBRARY),

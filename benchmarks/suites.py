@@ -8,7 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from vfio_user.benchmarks import dirty_runs, dma_runs, marking_runs, migration_runs, protocol_runs
+from vfio_user.benchmarks import (
+    dirty_runs,
+    dma_runs,
+    engine_runs,
+    marking_runs,
+    migration_runs,
+    protocol_runs,
+)
 from vfio_user.benchmarks.results import Results
 from vfio_user.client.qemu.lab import Lab
 
@@ -68,6 +75,7 @@ SUITES: Mapping[str, Suite] = {
         3,
         partial(_contest, partial(dma_runs.against_sample, live=dma_runs.C_LIMIT - 1)),
     ),
+    "engines": Suite("both engines", 9, 3, partial(_contest, engine_runs.side_by_side)),
     "dma10k": Suite("DMA_MAP at 10,000 regions", 9, 3, partial(_contest, dma_runs.against_empty)),
     "dirty": Suite("dirty reports", 9, 3, partial(_contest, dirty_runs.against_sample)),
     "mark": Suite("marking dirty pages", 15, 5, partial(_contest, marking_runs.logged_card)),

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from vfio_user.benchmarks import payload
+from vfio_user.benchmarks.engine_runs import FIGURES, LIBRARY, NATIVE
 from vfio_user.benchmarks.guest_runs import DIRECTIONS, SHAPES
 from vfio_user.benchmarks.marks import MEASURES, Measure
 from vfio_user.benchmarks.protocol_runs import MODES
@@ -51,6 +52,7 @@ def test_a_moonshot_is_beyond_its_mark() -> None:
 def test_every_key_that_the_rounds_build_is_a_measure() -> None:
     protocol = ("read.{}.p50", "wake.{}", "flight.{}", "posted.{}", "bulk64k.{}", "bulk1m.{}", "dma10k.{}")
     keys = [key.format(mode) for key in protocol for mode in MODES]
+    keys += [f"{name}.{key}.{mode}" for name in (NATIVE, LIBRARY) for key in FIGURES for mode in MODES]
     keys += [f"{shape}.{direction}" for shape in (*SHAPES, "tcp", "best") for direction in DIRECTIONS]
     assert set(keys) <= set(MEASURES)
 
