@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 
 SUPPRESSIONS = Path(__file__).parent / "libvfio-user.supp"
 FOUND = 99
-PROGRAM = f"import sys; sys.path[:0] = {sys.path!r}; from vfio_user.cli.main import main; main()"
+PROGRAM = "from vfio_user.cli.main import main; main()"
 DONE = 2
 SIZE = 16 * PAGE
 
@@ -72,7 +72,7 @@ def start(valgrind: str, path: Path, log: Path) -> subprocess.Popen[bytes]:
         "--num-callers=40",
         f"--error-exitcode={FOUND}",
         f"--suppressions={SUPPRESSIONS}",
-        os.path.realpath(sys.executable),
+        sys.executable,
         *("-c", PROGRAM, "serve", "scratch", "--engine", "libvfio-user", "--socket-path", str(path)),
     ]
     with log.open("wb") as output:
