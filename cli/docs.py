@@ -30,6 +30,8 @@ from vfio_user.protocol.errors import DeviceError
 from vfio_user.protocol.migration import PATHS, STATES, V1_ARCS, V1_STATES, StateRow
 from vfio_user.server.control_methods import METHODS as CONTROL_METHODS
 from vfio_user.server.control_methods import Method, Param
+from vfio_user.server.engines.libvfio_user_abi import EVERY, V2_ONLY, Abi
+from vfio_user.server.engines.libvfio_user_limits import LIMITS, V1_ONLY
 from vfio_user.server.handlers import HANDLERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,6 +168,16 @@ def _default(param: Param) -> str:
     return "needed" if param.default is None else str(param.default).lower()
 
 
+def libvfio_user_limits_table() -> str:
+    """What the libvfio-user engine cannot do."""
+    heads = ("about", "what a client sees", "reason", "revisions")
+    return table(heads, ((row.name, row.effect, row.reason, _revisions(row.abis)) for row in LIMITS))
+
+
+def _revisions(abis: frozenset[Abi]) -> str:
+    return {EVERY: "all", V1_ONLY: "v1", V2_ONLY: "v2"}[abis]
+
+
 PARTS: Mapping[str, tuple[str, Callable[[], str]]] = {
     "commands": ("docs/compliance.md", commands_table),
     "models": ("README.md", models_table),
@@ -176,6 +188,7 @@ PARTS: Mapping[str, tuple[str, Callable[[], str]]] = {
     "migration v1 diagram": ("docs/migration.md", migration_v1_diagram),
     "migration paths": ("docs/migration.md", migration_paths_table),
     "control methods": ("docs/control.md", control_methods_table),
+    "libvfio-user limits": ("docs/compliance.md", libvfio_user_limits_table),
 }
 """By name: the file, and what makes the part."""
 

@@ -162,7 +162,10 @@ class Host(Protocol):
         """Fire an MSI or MSI-X vector. False: masked or without an eventfd, the caller keeps it pending."""
 
     def irq_enabled(self, index: IrqIndex) -> bool:
-        """Whether the client has given the index at least one eventfd (SET_IRQS with trigger)."""
+        """Whether the client has given the index at least one eventfd (SET_IRQS with trigger).
+
+        An engine that is not told says False: then the configuration space has to decide.
+        """
 
     def allocate_memory(self, size: int) -> SharedMemory:
         """Zeroed memory, a multiple of the page size, that the VMM may map as part of a region."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the libvfio-user engine cannot do, with the reasons: they lie in the library, not in our devices.
 
-One row for each; docs/engines.md shows them. For each row the conformance tests that fail are known
+One row for each; docs/compliance.md shows them. For each row the conformance tests that fail are known
 (`tests/conformance/limits.py`), and are expected to fail strictly: a library that can more is noticed.
 """
 
