@@ -6,7 +6,6 @@ the far end goes, the link goes down, and it comes back with the far end.
 """
 
 import logging
-import select
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -45,7 +44,7 @@ class StreamBackend(Backend):
         self._queue: deque[bytes] = deque()  # the first may be the rest of a frame
         self._queued = 0
         self._socket: socket.socket | None = connect(path)
-        self._writable = WritableEvent(poller)
+        self._sends_later = False
 
     def attach(self, receiver: Receiver) -> None:
         super().attach(receiver)
@@ -100,7 +99,7 @@ class StreamBackend(Backend):
         framed = [len(frame).to_bytes(LENGTH_SIZE, "big") + frame for frame in bare]
         accepted = [one for one in framed if self._has_room(len(one))]
         self._queue += accepted
-        if not self._writable.waiting:
+        if not self._sends_later:
             try:
                 self._flush()
             except OSError:
@@ -125,7 +124,14 @@ class StreamBackend(Backend):
             sent -= len(self._queue.popleft())
         if sent:
             self._queue[0] = self._queue[0][sent:]
-        self._writable.wait(self._socket, self._flush_later if self._queue else None)
+        self._watch_writable(self._flush_later if self._queue else None)
+
+    def _watch_writable(self, callback: Callable[[], None] | None) -> None:
+        if callback is None and not self._sends_later:
+            return  # the way of nearly every frame
+        assert self._socket is not None
+        self._sends_later = callback is not None
+        self._poller.watch_writable(self._socket.fileno(), callback)
 
     def _flush_later(self) -> None:
         try:
@@ -160,14 +166,13 @@ class StreamBackend(Backend):
         self._inbox.clear()
         self._paused = False
         if self._socket is not None:
-            self._writable.wait(self._socket, None)
+            self._watch_writable(None)
             self._poller.unregister(self._socket.fileno())
             self._socket.close()
             self._socket = None
 
     def close(self) -> None:
         self._release()
-        self._writable.close()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -253,31 +258,3 @@ class Inbox:
 
     def clear(self) -> None:
         self._end = 0
-
-
-class WritableEvent:
-    """Calls back when a socket can take more. The poller knows readable ones only: an epoll set in between
-    becomes readable with it."""
-
-    def __init__(self, poller: Poller) -> None:
-        self._poller = poller
-        self._epoll = select.epoll()
-        self.waiting = False
-
-    def wait(self, connection: socket.socket, callback: Callable[[], None] | None) -> None:
-        """Call back while `connection` is writable; None: no more."""
-        wanted = callback is not None
-        if wanted == self.waiting:
-            return
-        self.waiting = wanted
-        if callback is not None:
-            self._epoll.register(connection, select.EPOLLOUT)
-            self._poller.register(self._epoll.fileno(), callback)
-        else:
-            self._poller.unregister(self._epoll.fileno())
-            self._epoll.unregister(connection)
-
-    def close(self) -> None:
-        if not self._epoll.closed:
-            self._poller.unregister(self._epoll.fileno())
-            self._epoll.close()
