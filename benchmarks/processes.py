@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from vfio_user.client.qemu.process import guarded_words
 
 _START_LIMIT = 10.0  # seconds
 
@@ -82,7 +85,7 @@ def server_process(
     filled = [word.replace("{socket}", str(path)) for word in words]
     with log.open("wb") as output:
         popen = subprocess.Popen(
-            [*prefix, "setpriv", "--pdeathsig", "KILL", "--", *filled],
+            [*prefix, *guarded_words(filled, signal.SIGKILL)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -21,7 +21,7 @@ from pathlib import Path
 import trio
 
 from vfio_user.client.background import background
-from vfio_user.client.qemu.process import namespace_words
+from vfio_user.client.qemu.process import guarded_words, namespace_words
 
 _PROGRAM = "from vfio_user.cli.main import main; main()"
 _LISTENING = "listening on "
@@ -174,9 +174,9 @@ def _start(
     words: Sequence[str], netns: str, environment: Mapping[str, str] | None
 ) -> subprocess.Popen[bytes]:
     # The kernel ends it should we be killed; the interrupt key is for us alone, who then end it.
-    guard = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
+    guarded = guarded_words(words, signal.SIGTERM) if shutil.which("setpriv") else words
     popen = subprocess.Popen(
-        [*namespace_words(netns), *guard, *words],
+        [*namespace_words(netns), *guarded],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -52,12 +52,22 @@ def namespace_words(netns: str) -> list[str]:
     return ["nsenter", f"--net=/run/netns/{netns}", "--"] if netns else []
 
 
+def guarded_words(words: Sequence[str], number: signal.Signals) -> list[str]:
+    """A command that the kernel sends a signal when we die; it execs, so the pid stays.
+
+    The kernel sends nothing for a parent that died before it was asked to: the shell looks once more who the
+    parent is, and runs nothing when it is not us any longer.
+    """
+    still_ours = '[ "$PPID" = "$0" ] && exec "$@"'
+    return ["setpriv", "--pdeathsig", number.name[3:], "--", "sh", "-c", still_ours, str(os.getpid()), *words]
+
+
 @contextlib.asynccontextmanager
 async def running(
     words: Sequence[str], log: Path, pass_fds: Sequence[int] = (), netns: str = ""
 ) -> AsyncIterator[Child]:
     """Starts a program, its output appended to `log`; it is dead and reaped when the block is left."""
-    child = _start([*namespace_words(netns), "setpriv", "--pdeathsig", "KILL", "--", *words], log, pass_fds)
+    child = _start([*namespace_words(netns), *guarded_words(words, signal.SIGKILL)], log, pass_fds)
     try:
         yield child
     finally:
