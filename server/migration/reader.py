@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Reads a state stream in pieces of any size, into memory of its own: the device is not touched.
 
-The bytes are anybody's. Memory stays bounded by the device's own size and 1 MiB for each of its sections;
-names, order, sizes and offsets are checked as they come, and only what leaves nothing open is given out.
+The bytes are anybody's. Memory stays bounded by the device's own size and 1 MiB for each of its sections,
+work by the number of bytes that come; names, order, sizes and offsets are checked as they come, and only what
+leaves nothing open is given out.
 """
 
-import mmap
 import struct
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import xxhash
 
 from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.state import Fields, StateError
+from vfio_user.server.migration.staging import StagedMemory
 from vfio_user.server.migration.stream import (
     BLOCK,
     END,
@@ -38,8 +39,8 @@ _DIGEST = END.size - _COUNT.size
 class Staged:
     """A whole state that has arrived: sections with their versions, and memories."""
 
-    sections: dict[str, tuple[int, Fields]] = field(default_factory=dict)
-    memories: dict[str, memoryview] = field(default_factory=dict)
+    sections: dict[str, tuple[int, Fields]]
+    memories: dict[str, memoryview]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,8 @@ class StreamReader:
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
-        self._staged = Staged()
+        self._sections: dict[str, tuple[int, Fields]] = {}
+        self._memories: dict[str, StagedMemory] = {}
         self._hash = xxhash.xxh3_128()
         self._records = 0
         self._received = 0
@@ -86,7 +88,8 @@ class StreamReader:
                 raise StateError("", "", f"it ends after {self._received} bytes, in {self._place}")
         except StateError as error:
             self._refuse(error)
-        return self._staged
+        memories = {name: memory.view for name, memory in self._memories.items()}
+        return Staged(self._sections, memories)
 
     def _check(self) -> None:
         if self._error is not None:
@@ -94,8 +97,8 @@ class StreamReader:
 
     def _refuse(self, error: StateError) -> NoReturn:
         self._error = error
-        self._staged.sections.clear()
-        self._staged.memories.clear()
+        self._sections.clear()
+        self._memories.clear()
         raise error
 
     def _fill(self, data: memoryview) -> memoryview:
@@ -161,22 +164,22 @@ class StreamReader:
         name = record.name
         if name not in self._shape.sections:
             raise StateError(name, "", "this device has no such section")
-        if name in self._staged.sections:
+        if name in self._sections:
             raise StateError(name, "", "it is there twice")
         if record.length > MAX_SECTION:
             raise StateError(name, "", f"{record.length} bytes are more than {MAX_SECTION}")
         payload = yield from self._bytes(record.length)
-        self._staged.sections[name] = record.version, decode_fields(name, payload)
+        self._sections[name] = record.version, decode_fields(name, payload)
 
     def _zero(self, record: _Record) -> Parser:
         _check_length(record, ZERO.size, ZERO.size)
         offset, length = yield from self._unpack(ZERO)
-        memory = self._staged.memories.get(record.name)
+        memory = self._memories.get(record.name)
         if memory is None:
             self._open(record.name, offset, length)
         else:
             _check_range(record.name, memory, offset, length)
-            memory[offset : offset + length] = bytes(length)
+            memory.clear(offset, length)
 
     def _open(self, name: str, offset: int, length: int) -> None:
         size = self._shape.memories.get(name)
@@ -184,18 +187,17 @@ class StreamReader:
             raise StateError(name, "", "this device has no such memory")
         if offset or length != size:
             raise StateError(name, "size", f"{length} bytes from {offset}, not the {size} of this device")
-        # Anonymous memory is zero, and costs nothing where nothing is written.
-        self._staged.memories[name] = memoryview(mmap.mmap(-1, size))
+        self._memories[name] = StagedMemory(size)
 
     def _memory(self, record: _Record) -> Parser:
         _check_length(record, MEMORY.size + 1, MEMORY.size + BLOCK)
         (offset,) = yield from self._unpack(MEMORY)
-        memory = self._staged.memories.get(record.name)
+        memory = self._memories.get(record.name)
         if memory is None:
             raise StateError(record.name, "", "nothing has said how large this memory is")
         length = record.length - MEMORY.size
         _check_range(record.name, memory, offset, length)
-        target = memory[offset : offset + length]
+        target = memory.take(offset, length)
         yield target
         self._hash.update(target)
 
@@ -211,7 +213,7 @@ class StreamReader:
         if digest != computed:
             raise StateError("", "digest", "it does not match: the stream has been damaged")
         for name in self._shape.memories:
-            if name not in self._staged.memories:
+            if name not in self._memories:
                 raise StateError(name, "", "the memory is missing")
 
 
@@ -229,7 +231,7 @@ def _check_length(record: _Record, least: int, most: int) -> None:
         raise StateError(record.name, "length", f"{record.length}, not from {least} to {most}")
 
 
-def _check_range(name: str, memory: memoryview, offset: int, length: int) -> None:
+def _check_range(name: str, memory: StagedMemory, offset: int, length: int) -> None:
     if not 1 <= length <= BLOCK or offset + length > len(memory):
         raise StateError(name, "offset", f"{length} bytes at {offset:#x} of {len(memory):#x}")
 
