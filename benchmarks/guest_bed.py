@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One guest with three NICs: our e1000, the same with the best policy, and QEMU's built-in one.
+"""One guest with four NICs: our e1000 as it comes, tuned, with the best policy, and QEMU's built-in one.
 
 All are in the same guest, so that whatever slows the machine slows all of them.
 """
@@ -30,9 +30,10 @@ from vfio_user.client.qemu.namespace import Namespace
 from vfio_user.client.qemu.process import namespace_words, running
 
 BEST_POLICY = ("itr=2000",)
-OURS, BEST, BUILT_IN = Nic("ours", 1, ()), Nic("best", 2, BEST_POLICY), Nic("built-in", 3, None)
-NICS = (OURS, BEST, BUILT_IN)
-_BUILT_IN_SLOT = "6"  # a free one with an interrupt line of its own (client/qemu/command.py)
+DEFAULT, OURS = Nic("default", 1, ()), Nic("ours", 2, (), tuned=True)
+BEST, BUILT_IN = Nic("best", 3, BEST_POLICY, tuned=True), Nic("built-in", 4, None)
+NICS = (DEFAULT, OURS, BEST, BUILT_IN)
+_BUILT_IN_SLOT = "7"  # a free one with an interrupt line of its own (client/qemu/command.py)
 
 RR_PORT, PAYLOAD_PORT = 5300, 5400
 PAYLOAD_SIZE = 16 << 20
@@ -61,12 +62,26 @@ class Bed:
     names: dict[str, str]
     payload: Path
     digest: str
+    folder: Path
+
+    def control(self, nic: Nic) -> Path:
+        """The control socket of the NIC's server."""
+        return control_path(self.folder, nic)
 
     def host(self, nic: Nic, ipv6: bool = False) -> str:
         return nic.host6 if ipv6 else nic.host4
 
+    def place(self, nic: Nic) -> None:
+        """Put QEMU's threads where they are to be while `nic` is measured; the built-in NIC has all CPUs."""
+        cpus = os.sched_getaffinity(0)
+        qemu = {min(cpus)} if nic.tuned else cpus
+        for thread in Path(f"/proc/{self.guest.pid}/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread.name), qemu)
+
     async def iperf(self, nic: Nic, seconds: float, *, incoming: bool, shape: Shape = PLAIN) -> float:
         """Mbit/s of TCP payload that arrived; `incoming` is towards the guest."""
+        self.place(nic)
         words = ["iperf3 -J -i 0 -O 1", f"-t {seconds:g}", f"-c {self.host(nic, shape.ipv6)}"]
         words += ["-R"] if incoming else []
         words += [f"-M {shape.mss}"] if shape.mss else []
@@ -75,6 +90,7 @@ class Bed:
 
     async def ping(self, nic: Nic, count: int) -> float:
         """Median round trip in microseconds; BenchmarkError when a reply is lost."""
+        self.place(nic)
         output = await self.guest.check(f"ping -c {count} -i 0.02 {nic.host4}", timeout=count * 0.1 + 10)
         times = ping_times(output)
         if len(times) != count:
@@ -83,6 +99,7 @@ class Bed:
 
     async def request_response(self, nic: Nic, seconds: float) -> tuple[float, float]:
         """p50 and p99 of one byte there and one back over TCP, in microseconds."""
+        self.place(nic)
         output = await self.guest.check(f"tcp_rr {nic.host4} {RR_PORT} {seconds:g}", timeout=seconds + 20)
         _, p50, p99, _ = map(float, output.split())
         return p50, p99
@@ -149,7 +166,7 @@ async def open_bed(lab: Lab, folder: Path) -> AsyncIterator[Bed]:
         )
         guest = await stack.enter_async_context(open_machine(lab, options))
         await guest.wait_boot()
-        bed = Bed(guest, namespace, {}, payload_path, hashlib.sha256(payload).hexdigest())
+        bed = Bed(guest, namespace, {}, payload_path, hashlib.sha256(payload).hexdigest(), folder)
         for nic in NICS:
             await _configure(bed, nic)
         yield bed
@@ -166,10 +183,19 @@ def _require(lab: Lab) -> None:
 
 def _serve(stack: contextlib.AsyncExitStack, nic: Nic, namespace: Namespace, folder: Path) -> VfioUserDevice:
     settings = [word for option in (f"mac={nic.mac}", *(nic.options or ())) for word in ("--set", option)]
-    words = our_server("e1000", "--net", f"tap:{nic.tap}", *settings)
+    latency = ("--cpu-latency", "0") if nic.tuned else ()
+    control = ("--control", str(control_path(folder, nic)))
+    words = our_server("e1000", "--net", f"tap:{nic.tap}", *control, *latency, *settings)
     process = stack.enter_context(server_process(nic.key, words, folder, namespace_words(namespace.name)))
     process.connect().close()  # it listens
+    if nic.tuned:
+        os.sched_setaffinity(process.popen.pid, {max(os.sched_getaffinity(0))})
     return VfioUserDevice(process.socket_path, id=nic.key)
+
+
+def control_path(folder: Path, nic: Nic) -> Path:
+    """Where a NIC's server has its control socket."""
+    return folder / f"{nic.key}.control"
 
 
 def _built_in_words(nic: Nic) -> list[str]:

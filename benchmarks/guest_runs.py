@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Rounds in the guest: each measures all NICs one after the other, in an order that turns with the rounds."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vfio_user.benchmarks.guest_bed import BEST, BUILT_IN, NICS, OURS, PLAIN, Bed, Shape
+import trio
+
+from vfio_user.benchmarks.guest_bed import BEST, BUILT_IN, DEFAULT, NICS, OURS, PLAIN, Bed, Shape
 from vfio_user.benchmarks.network import Nic
 from vfio_user.benchmarks.results import Results
+from vfio_user.client.background import background
+from vfio_user.client.control import ControlClient, open_control
 
 DIRECTIONS: Mapping[str, bool] = {"out": False, "in": True}
 SECONDS = 2.0
@@ -16,7 +21,9 @@ SHAPES: Mapping[str, Shape] = {
     "jumbo": Shape(mtu=9000),
 }
 _PINGS = 50
-_PREFIX: Mapping[str, str] = {OURS.key: "", BEST.key: "best."}
+_REPORT_EVERY = 0.25  # seconds
+_PREFIX: Mapping[str, str] = {DEFAULT.key: "default.", OURS.key: "", BEST.key: "best."}
+_TCP: Mapping[str, str] = {DEFAULT.key: "default", OURS.key: "tcp", BEST.key: "best"}
 
 
 def turned(nics: Sequence[Nic], number: int) -> list[Nic]:
@@ -26,19 +33,44 @@ def turned(nics: Sequence[Nic], number: int) -> list[Nic]:
 
 
 async def throughput(bed: Bed, number: int, results: Results) -> None:
-    """TCP out and in with all three."""
+    """TCP out and in with all four."""
     for direction, incoming in DIRECTIONS.items():
         rates = {nic.key: await bed.iperf(nic, SECONDS, incoming=incoming) for nic in turned(NICS, number)}
-        results.add(f"tcp.{direction}", rates[OURS.key], rates[BUILT_IN.key])
-        results.add(f"best.{direction}", rates[BEST.key], rates[BUILT_IN.key])
+        for key, row in _TCP.items():
+            results.add(f"{row}.{direction}", rates[key], rates[BUILT_IN.key])
+
+
+async def logged(bed: Bed, number: int, results: Results) -> None:
+    """TCP in with and without the log of dirty pages, reported as a migration does while it copies."""
+    async with open_control(bed.control(OURS)) as control:
+        rates = {}
+        for log in (True, False) if number % 2 else (False, True):
+            async with _dirty_log(control) if log else contextlib.nullcontext():
+                rates[log] = await bed.iperf(OURS, SECONDS, incoming=True)
+    results.add("logged.in", rates[True], rates[False])
+
+
+@contextlib.asynccontextmanager
+async def _dirty_log(control: ControlClient) -> AsyncIterator[None]:
+    await control.call("log-start")
+    async with background() as nursery:
+        nursery.start_soon(_report_again_and_again, control)
+        yield
+    await control.call("log-stop")
+
+
+async def _report_again_and_again(control: ControlClient) -> None:
+    while True:
+        await trio.sleep(_REPORT_EVERY)
+        await control.call("log-report", clear=True)
 
 
 async def latency(bed: Bed, number: int, results: Results) -> None:
-    """Ping and one byte to and fro with all three."""
+    """Ping and one byte to and fro with all four."""
     order = turned(NICS, number)
     pings = {nic.key: await bed.ping(nic, _PINGS) for nic in order}
     trips = {nic.key: await bed.request_response(nic, 1.0) for nic in order}
-    for nic in (OURS, BEST):
+    for nic in (DEFAULT, OURS, BEST):
         results.add(f"{_PREFIX[nic.key]}ping", pings[nic.key], pings[BUILT_IN.key])
         results.add(f"{_PREFIX[nic.key]}rr", trips[nic.key][0], trips[BUILT_IN.key][0])
     results.add("rr.p99", trips[OURS.key][1], trips[BUILT_IN.key][1])
@@ -92,6 +124,7 @@ class GuestSuite:
 
 GUEST_SUITES: Mapping[str, GuestSuite] = {
     "throughput": GuestSuite("guest TCP", 5, 2, throughput),
+    "logged": GuestSuite("guest TCP in with the dirty log", 7, 2, logged),
     "latency": GuestSuite("guest ping and request/response", 5, 2, latency),
     "shapes": GuestSuite("guest IPv6, odd segments, jumbo frames", 2, 1, shapes),
 }

@@ -11,11 +11,16 @@ from vfio_user.client.qemu.namespace import Namespace, open_namespace
 
 @dataclass(frozen=True, slots=True)
 class Nic:
-    """One NIC of the guest on a network of its own. `options` go to our e1000; None: QEMU's built-in one."""
+    """One NIC of the guest on a network of its own. `options` go to our e1000; None: QEMU's built-in one.
+
+    `tuned`: as one would run it for speed: QEMU on one CPU, the server on another, and idle CPUs that wake
+    at once (`serve --cpu-latency 0`). Else the scheduler places both, and all is as it comes.
+    """
 
     key: str
     number: int
     options: tuple[str, ...] | None
+    tuned: bool = False
 
     @property
     def tap(self) -> str:
