@@ -2,7 +2,8 @@
 """Devices at eventful moments, whose saved states are kept in this folder as files.
 
 A file is never changed once it is published: it stands for all the streams of its time. When a section's
-version grows, `cd tests && python -m golden.scenes` writes the next file of the model.
+version grows, `cd tests && python -m golden.scenes` writes the next file of the model, and beside it the
+stream that carries it (`streams`).
 """
 
 import json
@@ -197,4 +198,7 @@ def renew() -> None:
 
 
 if __name__ == "__main__":
+    from golden import streams  # which reads what this has written
+
     renew()
+    streams.renew()

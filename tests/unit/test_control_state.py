@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import trio
 
-from golden import scenes
 from migration.control_bed import (
     ignore,
     load,
@@ -22,13 +21,8 @@ from migration.control_bed import (
 )
 from vfio_user.client.background import background
 from vfio_user.client.control import ControlClient, open_control
-from vfio_user.device_models.device import Host
-from vfio_user.device_models.e1000.bench import RecordingPort
-from vfio_user.device_models.e1000.device import E1000
-from vfio_user.device_models.fake_migration import restore_device
 from vfio_user.protocol import json_rpc
 from vfio_user.protocol.json_rpc import RpcError
-from vfio_user.server.migration.writer import StreamWriter
 
 
 async def test_saved_on_one_server_and_loaded_on_another(tmp_path: Path) -> None:
@@ -49,29 +43,6 @@ async def test_saved_on_one_server_and_loaded_on_another(tmp_path: Path) -> None
         assert await other.read(2, 0x80_0000) == 0xBEEF
         await vmm.write(0, 0x10, 1)
         assert await vmm.read(0, 0x10) == 1  # and the first one goes on
-
-
-def make_e1000(host: Host) -> E1000:
-    return E1000(host, RecordingPort())
-
-
-def golden_stream() -> bytes:
-    host, device = scenes.SCENES["e1000"][1]()
-    restore_device(host, device, scenes.read(scenes.files("e1000")[-1]))
-    writer = StreamWriter(device)
-    writer.finish()
-    return b"".join(iter(lambda: b"".join(writer.take(1 << 20)), b""))
-
-
-async def test_the_golden_state_of_the_e1000_goes_in_and_comes_out(tmp_path: Path) -> None:
-    """Before any client: what is loaded waits for one, as a device that was just made."""
-    stream = golden_stream()
-    (tmp_path / "golden").write_bytes(stream)
-    async with serving(tmp_path, make_e1000) as served, open_control(served.control_path) as controller:
-        assert (await load(controller, tmp_path / "golden"))["bytes"] == len(stream)
-        assert (await controller.call("state"))["migration"]["owner"] == "client"
-        await save(controller, tmp_path / "again")
-        assert (tmp_path / "again").read_bytes() == stream
 
 
 async def test_over_pipes_from_server_to_server(tmp_path: Path) -> None:
