@@ -15,7 +15,8 @@ import trio
 from vfio_user.cli.main import fail
 from vfio_user.client.control import ControlLost, open_control
 from vfio_user.protocol.json_rpc import RpcError
-from vfio_user.server.control_methods import Method, find_method
+from vfio_user.server.control_method import Method
+from vfio_user.server.control_methods import find_method
 
 
 @click.command("ctl")
@@ -39,7 +40,7 @@ def command(
     """
     try:
         row = find_method(method)
-        params = dict(map(_assignment, assignments))
+        params = dict(_assignment(row, text) for text in assignments)
         row.arguments(params)
         with _stream(row, target, source) as fd:
             result = trio.run(_call, path, method, fd, params)
@@ -50,12 +51,16 @@ def command(
     click.echo(json.dumps(result) if as_json else "\n".join(lines(result)))
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def _assignment(row: Method, text: str) -> tuple[str, Any]:
+    """Numbers may be hexadecimal, with 0x; bytes stay the digits that they are."""
     name, equals, value = text.partition("=")
     if not equals:
         fail(f"{text!r} is not NAME=VALUE")
+    kind = next((param.kind for param in row.params if param.name == name), None)
     try:
-        return name, json.loads(value)
+        if kind is bytes:
+            return name, value
+        return name, int(value, 0) if kind is int else json.loads(value)
     except ValueError:
         return name, value
 

@@ -28,8 +28,8 @@ from vfio_user.protocol.commands import COMMANDS, Limits, Row
 from vfio_user.protocol.constants import SCM_MAX_FD, MigrationState, Role
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.protocol.migration import PATHS, STATES, V1_ARCS, V1_STATES, StateRow
+from vfio_user.server.control_method import Method, Param
 from vfio_user.server.control_methods import METHODS as CONTROL_METHODS
-from vfio_user.server.control_methods import Method, Param
 from vfio_user.server.engines.libvfio_user_abi import EVERY, V2_ONLY, Abi
 from vfio_user.server.engines.libvfio_user_limits import LIMITS, V1_ONLY
 from vfio_user.server.handlers import HANDLERS

@@ -15,12 +15,10 @@ from typing import Any
 
 from vfio_user.device_models.device import DmaError
 from vfio_user.device_models.tasks import Completion
-from vfio_user.protocol.bitmaps import MIN_PAGE_SIZE
 from vfio_user.protocol.errors import VfioUserError
-from vfio_user.protocol.json_rpc import FAILED, INVALID_PARAMS, REFUSED, RpcError
+from vfio_user.protocol.json_rpc import FAILED, REFUSED, RpcError
 from vfio_user.server.control_jobs import Later, Steps
 from vfio_user.server.dirty import Bits, DirtyLog
-from vfio_user.server.dirty_tracking import MAX_PAGE_SIZE
 from vfio_user.server.dma_region import DmaRegion
 from vfio_user.server.engines.engine import Engine
 from vfio_user.server.engines.native import NativeServer
@@ -115,10 +113,11 @@ class DirtyControl:
     def start(self, page_size: int) -> Any:
         """Log from now on; with a log that a controller has started already, nothing is forgotten."""
         tracking = self._native().host.dirty
-        if page_size & (page_size - 1) or not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE:
-            raise RpcError(INVALID_PARAMS, "page_size: a power of two from 4096 to 2**30")
         if tracking.active and tracking.claim is not self:
             raise RpcError(REFUSED, "the client has the dirty log: it migrates the guest itself")
+        if tracking.active and tracking.page_size != page_size:
+            size = tracking.page_size
+            raise RpcError(REFUSED, f"a log with pages of {size} bytes runs: take these, or stop it first")
         if not tracking.active:
             try:
                 tracking.start(page_size, keep_unmapped=True)

@@ -2,13 +2,13 @@
 """The methods of the control socket: one row for each. Dispatch, checks, docs and tests read this table."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from vfio_user.protocol.json_rpc import INVALID_PARAMS, METHOD_NOT_FOUND, REFUSED, RpcError
+from vfio_user.protocol.json_rpc import METHOD_NOT_FOUND, REFUSED, RpcError
 from vfio_user.server.control_device import DeviceControl
 from vfio_user.server.control_dirty import DirtyControl
-from vfio_user.server.control_jobs import Steps
+from vfio_user.server.control_guest import MAX_ACCESS, GuestControl
+from vfio_user.server.control_method import Method, Param
 from vfio_user.server.dma_region import Access
 from vfio_user.server.engines.engine import Engine
 from vfio_user.transport.fds import OwnedFd
@@ -26,51 +26,9 @@ class Control:
         self.engine_name = engine_name
         self.device = DeviceControl(engine)
         self.dirty = DirtyControl(engine)
+        self.guest = GuestControl(engine)
         self.shutdown = shutdown
         self.cut = cut
-
-
-@dataclass(frozen=True, slots=True)
-class Param:
-    """A parameter by name. Without a `default` it must be given."""
-
-    name: str
-    kind: type[bool] | type[int]
-    default: bool | int | None
-    text: str
-    least: int = 0
-    most: int = 1 << 30
-
-    def check(self, value: Any) -> bool | int:
-        """RpcError when the value is not of its kind."""
-        if type(value) is not self.kind or not self.least <= value <= self.most:
-            wanted = "true or false" if self.kind is bool else f"a number from {self.least} to {self.most}"
-            raise RpcError(INVALID_PARAMS, f"{self.name}: {wanted}")
-        return value
-
-
-Arguments = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """`run` gives the result, or the steps to it. With `stream` ("written", "read") a descriptor has to come
-    with the request; `run` owns it."""
-
-    name: str
-    run: Callable[[Control, Arguments, OwnedFd | None], Any | Steps]
-    text: str
-    when: str
-    params: tuple[Param, ...] = ()
-    stream: str = ""
-
-    def arguments(self, given: Mapping[str, Any]) -> Arguments:
-        """The parameters with their defaults. RpcError for one that is unknown, missing or wrong."""
-        known = {param.name for param in self.params}
-        if unknown := sorted(given.keys() - known):
-            raise RpcError(INVALID_PARAMS, f"{self.name} has no parameter {unknown[0][:40]!r}")
-        arguments = {param.name: given.get(param.name, param.default) for param in self.params}
-        return {param.name: param.check(arguments[param.name]) for param in self.params}
 
 
 def _state(control: Control) -> Any:
@@ -124,10 +82,15 @@ def _owned(fd: OwnedFd | None) -> OwnedFd:
 
 _WAIT = Param("wait", int, 100, "milliseconds to wait for DMA replies that the client owes", most=60_000)
 _HOLD = Param("hold", bool, False, "go on writing what changes until a `stop`, and stay stopped")
-_PAGE = Param("page_size", int, 4096, "bytes, a power of two", least=4096)
+_PAGE = Param("page_size", int, 4096, "bytes, a power of two", least=4096, power_of_two=True)
 _CLEAR = Param("clear", bool, False, "forget what is reported")
 _WHOLE = Param("whole", bool, False, "rewrite whole pages instead of one byte in each")
 _ON = Param("on", bool, None, "true or false")
+_ADDRESS = Param("address", int, None, "in the guest's memory, as the device sees it", most=(1 << 64) - 1)
+_LENGTH = Param("length", int, None, f"bytes, at most {MAX_ACCESS}", least=1, most=MAX_ACCESS)
+_DATA = Param("data", bytes, None, f"at most {MAX_ACCESS} bytes, hexadecimal", least=1, most=MAX_ACCESS)
+_REPLY = Param("wait", int, 1000, "milliseconds to wait for the client's reply", most=60_000)
+_CLIENT = "a client is there; native engine"
 _LOG = "a controller has started the log; native engine"
 
 METHODS: Mapping[str, Method] = {
@@ -205,8 +168,22 @@ METHODS: Mapping[str, Method] = {
             "write-through",
             lambda c, a, fd: c.dirty.write_through(a["on"]),
             "write to mapped memory by message, so that the client knows of each write; ends with the client",
-            "a client is there; native engine",
+            _CLIENT,
             (_ON,),
+        ),
+        Method(
+            "guest-read",
+            lambda c, a, fd: c.guest.read(a["address"], a["length"], a["wait"]),
+            "read a guest address by DMA message, also where no memory is",
+            _CLIENT,
+            (_ADDRESS, _LENGTH, _REPLY),
+        ),
+        Method(
+            "guest-write",
+            lambda c, a, fd: c.guest.write(a["address"], a["data"], a["wait"]),
+            "write a guest address by DMA message, never through a mapping, so that the client knows",
+            _CLIENT,
+            (_ADDRESS, _DATA, _REPLY),
         ),
         Method(
             "announce",

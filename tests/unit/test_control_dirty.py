@@ -93,9 +93,13 @@ async def test_the_log_has_one_owner(tmp_path: Path) -> None:
     async with opened(tmp_path) as (_, controller, vmm):
         with refused("no controller has started"):
             await controller.call("log-report")
-        with refused("page_size"):
-            await controller.call("log-start", page_size=5000)
+        for wrong in (5000, 2048, 0, -4096, 1 << 31):
+            with refused("page_size: a power of two from 4096 to 1073741824"):
+                await controller.call("log-start", page_size=wrong)
         await controller.call("log-start")
+        assert await controller.call("log-start", page_size=4096) == {"page_size": 4096}
+        with refused("a log with pages of 4096 bytes runs"):
+            await controller.call("log-start", page_size=8192)
         with pytest.raises(RemoteError, match="EBUSY"):
             await vmm.client.dirty_pages_start()
         await controller.call("log-stop")

@@ -54,6 +54,8 @@ async def test_stop_save_load_and_what_the_library_keeps_to_itself(tmp_path: Pat
             ("log-report", {}),
             ("log-hand-over", {}),
             ("write-through", {"on": True}),
+            ("guest-read", {"address": 0, "length": 4}),
+            ("guest-write", {"address": 0, "data": "00"}),
         ):
             with pytest.raises(RpcError, match="the libvfio-user engine"):
                 await control.call(method, **params)
