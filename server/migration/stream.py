@@ -67,7 +67,7 @@ class Shape:
 
 def encode_fields(section: str, fields: Fields) -> bytes:
     """The payload of a section. ValueError when it would not be read again: the model is broken."""
-    payload = json.dumps(fields, separators=(",", ":"), sort_keys=True).encode()
+    payload = _shortest(fields)
     if len(payload) > MAX_SECTION:
         raise ValueError(f"section {section} has {len(payload)} bytes, at most {MAX_SECTION} are allowed")
     try:
@@ -78,7 +78,8 @@ def encode_fields(section: str, fields: Fields) -> bytes:
 
 
 def decode_fields(section: str, payload: bytes | bytearray) -> Fields:
-    """The fields of a section. StateError for everything that `encode_fields` would not write."""
+    """The fields of a section. StateError for everything that `encode_fields` would not write: a state has
+    one form, so that nobody reads another one out of it."""
     try:
         value = json.loads(
             payload.decode("ascii"),
@@ -86,13 +87,23 @@ def decode_fields(section: str, payload: bytes | bytearray) -> Fields:
             parse_float=_no_number,
             parse_constant=_no_number,
         )
+        if b"\\ud" in payload:  # half a surrogate pair is no text, and fails where somebody encodes it
+            json.dumps(value, ensure_ascii=False).encode()
+        if _shortest(value) != payload:
+            raise ValueError("it is not in its shortest form, with sorted names")
     except RecursionError:
         raise StateError(section, "", "it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise StateError(section, "", "it has half a surrogate pair, which is no text") from None
     except ValueError as error:
         raise StateError(section, "", f"it is not JSON as it should be: {error}") from None
     if not isinstance(value, dict):
         raise StateError(section, "", "it is not an object")
     return value
+
+
+def _shortest(value: Value) -> bytes:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
 
 
 def _unique(pairs: Iterable[tuple[str, Value]]) -> Fields:
