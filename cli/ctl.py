@@ -102,8 +102,10 @@ def lines(value: Any, prefix: str = "") -> Iterator[str]:
             yield from lines(inner, f"{prefix}.{name}" if prefix else name)
     elif isinstance(value, list):
         for number, inner in enumerate(value):
-            shown = " ".join(f"{part:#x}" for part in inner) if isinstance(inner, list) else str(inner)
-            yield f"{prefix}.{number} {shown}"
+            if isinstance(inner, list):
+                yield f"{prefix}.{number} {' '.join(f'{part:#x}' for part in inner)}"
+            else:
+                yield from lines(inner, f"{prefix}.{number}")
     else:
         yield f"{prefix} {_WORDS.get(value, value) if isinstance(value, bool | None) else value}"
 

@@ -169,6 +169,21 @@ class ConfigSpace(Region):
     def bus_master(self) -> bool:
         return bool(self.command & COMMAND_BUS_MASTER)
 
+    @property
+    def power_on(self) -> bytes:
+        """What a reset leaves."""
+        return self._initial
+
+    @property
+    def writable_bits(self) -> bytes:
+        """A mask of the bits that a write replaces."""
+        return bytes(self._writable)
+
+    @property
+    def write_1_to_clear_bits(self) -> bytes:
+        """A mask of the bits that a write of ones clears."""
+        return bytes(self._write_1_to_clear)
+
     def set_interrupt_status(self, level: bool) -> None:
         """The status register's interrupt bit, which shows the level whatever the INTx disable bit says."""
         self._bytes[STATUS] = self._bytes[STATUS] & ~STATUS_INTERRUPT | (STATUS_INTERRUPT if level else 0)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vfio_user.protocol.json_rpc import METHOD_NOT_FOUND, REFUSED, RpcError
+from vfio_user.server.control_configuration import describe
 from vfio_user.server.control_device import DeviceControl
 from vfio_user.server.control_dirty import DirtyControl
 from vfio_user.server.control_guest import MAX_ACCESS, GuestControl
@@ -100,6 +101,12 @@ METHODS: Mapping[str, Method] = {
             "state",
             lambda c, a, fd: _state(c),
             "what device, client, migration and dirty log are at",
+            "always",
+        ),
+        Method(
+            "configuration",
+            lambda c, a, fd: describe(c.device.device, c.engine.host.irqs),
+            "the configuration space as the guest reads it, its BARs, MSI-X, MSI and INTx",
             "always",
         ),
         Method(

@@ -28,6 +28,14 @@ class IrqLines(Protocol):
     def fired(self) -> Mapping[IrqIndex, int]:
         """How often an interrupt went out, by index."""
 
+    @property
+    def level(self) -> bool:
+        """Of the INTx pin."""
+
+    @property
+    def unanswered(self) -> bool | None:
+        """Whether INTx has been fired and the client has not unmasked it since; None: nobody knows."""
+
     def set_level(self, level: bool) -> None:
         """See `Host.set_irq_level`."""
 

@@ -11,7 +11,7 @@ from vfio_user.transport.poller import Poller
 class IrqVector:
     """The connection's side of a vector. `on_mask` and `on_unmask`: the client has signalled its eventfd."""
 
-    __slots__ = ("_callbacks", "_incoming", "_poller", "masked", "trigger")
+    __slots__ = ("_callbacks", "_incoming", "_poller", "masked", "trigger", "unanswered")
 
     def __init__(self, poller: Poller, on_mask: Callable[[], None], on_unmask: Callable[[], None]) -> None:
         self._poller = poller
@@ -19,6 +19,8 @@ class IrqVector:
         self._incoming: dict[IrqSetFlags, Eventfd] = {}
         self.trigger: Eventfd | None = None
         self.masked = False
+        self.unanswered = False
+        """INTx has been fired, and its UNMASK has not come."""
 
     @property
     def deliverable(self) -> bool:
@@ -41,7 +43,7 @@ class IrqVector:
         self.set_eventfd(IrqSetFlags.ACTION_TRIGGER, None)
         for action in list(self._incoming):
             self._forget(action)
-        self.masked = False
+        self.masked = self.unanswered = False
 
     def _forget(self, action: IrqSetFlags) -> None:
         eventfd = self._incoming.pop(action, None)

@@ -87,6 +87,11 @@ class Irqs:
         """Whether at least one vector of the index has an eventfd to trigger."""
         return self._enabled[index] > 0
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether INTx has been fired and the client has not unmasked it since: it holds its own pin high."""
+        return any(vector.unanswered for vector in self._vectors[IrqIndex.INTX])
+
     # What the engine does
 
     def stop(self) -> None:
@@ -200,7 +205,8 @@ class Irqs:
         self._vectors[index][vector].masked = True
 
     def _unmask(self, index: IrqIndex, vector: int) -> None:
-        self._vectors[index][vector].masked = False
+        unmasked = self._vectors[index][vector]
+        unmasked.masked = unmasked.unanswered = False
         self._deliver(index, vector)
 
     def _loop_back(self, index: IrqIndex, vector: int) -> None:
@@ -233,7 +239,7 @@ class Irqs:
     def _fire_intx(self) -> None:
         for vector in self._vectors[IrqIndex.INTX]:
             if self.level and not self.stopped and vector.deliverable:
-                vector.masked = True
+                vector.masked = vector.unanswered = True
                 self._signal(IrqIndex.INTX, vector)
 
     def _signal(self, index: IrqIndex, vector: IrqVector) -> None:

@@ -34,6 +34,7 @@ class LibraryIrqs:
         self._owed: set[Vector] = set()
         """What found no eventfd."""
         self.level = False
+        self.unanswered: bool | None = None  # a client need not unmask, so nothing follows from its silence
         self.stopped = False
         self.fired = dict.fromkeys(IrqIndex, 0)
 

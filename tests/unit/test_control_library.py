@@ -40,6 +40,10 @@ async def test_stop_save_load_and_what_the_library_keeps_to_itself(tmp_path: Pat
             True,
         )
         assert (state["memory"]["mapped"], state["dirty_log"]) == (1 << 20, None)
+        told = await control.call("configuration")
+        addresses = {bar["index"]: bar["address"] for bar in told["bars"]}
+        assert addresses == {index: bar.address for index, bar in vmm.bars.items()}
+        assert told["intx"] == {"pin": 1, "level": False, "unanswered": None}
         with file.open("wb") as stream:
             assert (await control.call("save", fd=stream.fileno()))["running"]
         assert not (await control.call("stop"))["running"]

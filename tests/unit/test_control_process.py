@@ -140,6 +140,7 @@ async def test_the_e1000_with_its_wire(tmp_path: Path) -> None:
     [
         ({}, ["done"]),
         ({"a": True, "b": None, "c": {"d": 1, "e": ""}}, ["a yes", "b -", "c.d 1", "c.e "]),
+        ({"bars": [{"index": 1, "io": False}]}, ["bars.0.index 1", "bars.0.io no"]),
         ({"ranges": [[4096, 8192]]}, ["ranges.0 0x1000 0x2000"]),
     ],
 )
