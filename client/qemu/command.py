@@ -36,6 +36,7 @@ class MachineOptions:
     `memory_mib` is the size of guest memory. `files` maps a path in the guest to contents or to a file here.
     `netns` names a network namespace (`ip netns`) that QEMU is to run in. `quiet` keeps the kernel's
     messages off the console; `kernel_words` go to the kernel's command line (`nodrivers`: load none).
+    `incoming` is `defer` or a URI of QEMU's: the machine waits, stopped, for a guest that is moved to it.
     """
 
     chipset: Chipset = "q35"
@@ -49,6 +50,7 @@ class MachineOptions:
     quiet: bool = True
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
     reboot: bool = True
+    incoming: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ def qemu_words(options: MachineOptions, paths: MachinePaths, agent_fd: int) -> l
         *("-chardev", f"socket,id=agent,fd={agent_fd}", "-serial", "chardev:agent"),
         *("-qmp", f"unix:{paths.qmp},server=on,wait=off"),
         *([] if options.reboot else ["-no-reboot"]),
+        *(["-incoming", options.incoming, "-S"] if options.incoming else []),
         *device_words(options),
         *options.extra,
     ]

@@ -10,6 +10,7 @@ The process is QEMU itself (nothing between us and it), dies with us, and is gon
 
 import contextlib
 import math
+import os
 import shutil
 import signal
 import socket
@@ -68,6 +69,10 @@ class Machine:
     _pending: dict[str, _Pending] = field(default_factory=dict)
     _numbers: int = 0
     _sending: trio.Lock = field(default_factory=trio.Lock)
+    _parser: AnswerParser = field(default_factory=AnswerParser)
+    _may_listen: trio.Event = field(default_factory=trio.Event)
+    _listener: trio.CancelScope = field(default_factory=trio.CancelScope)
+    _silent: trio.Event = field(default_factory=trio.Event)
     _ended: bool = False
 
     @property
@@ -129,6 +134,20 @@ class Machine:
         self.child.signal(signal.SIGKILL)
         await self.child.wait()
 
+    async def take_over(self, source: "Machine") -> None:
+        """The guest of `source` has been moved to this machine, which was started with `incoming`.
+
+        Commands that were asked for there are answered here. Not to be called before `source` has stopped
+        its guest for good, and no command may have been sent there after that.
+        """
+        source._listener.cancel()
+        await source._silent.wait()
+        for answer in source._parser.feed(_rest(source._serial)):
+            await source._take(answer)
+        self.boots, self._numbers, self._parser = source.boots, source._numbers, source._parser
+        self._pending, source._pending = source._pending, {}
+        self._may_listen.set()
+
     async def wait_end(self, timeout: float = math.inf) -> int:
         """QEMU's exit status, negative for a signal. Raises MachineError when it goes on running."""
         with trio.move_on_after(timeout):
@@ -173,13 +192,16 @@ class Machine:
                 raise self._error("QEMU has ended") from error
 
     async def _listen(self) -> None:
-        parser = AnswerParser()
-        with contextlib.suppress(trio.BrokenResourceError):
-            async for data in self._serial:
-                for answer in parser.feed(bytes(data)):
-                    await self._take(answer)
+        with self._listener:
+            await self._may_listen.wait()
+            with contextlib.suppress(trio.BrokenResourceError):
+                async for data in self._serial:
+                    for answer in self._parser.feed(bytes(data)):
+                        await self._take(answer)
         self._ended = True
-        await self._forget()
+        if not self._listener.cancelled_caught:
+            await self._forget()
+        self._silent.set()
 
     async def _take(self, answer: Answer) -> None:
         if answer.tag == READY:
@@ -201,6 +223,15 @@ class Machine:
         return MachineError(f"{what}\n{logs}")
 
 
+def _rest(serial: trio.SocketStream) -> bytes:
+    """What QEMU has written and nobody has read; it writes no more."""
+    data = bytearray()
+    with contextlib.suppress(BlockingIOError, ConnectionError):
+        while piece := os.read(serial.socket.fileno(), 65536):
+            data += piece
+    return bytes(data)
+
+
 Command = Callable[[MachineOptions, MachinePaths, int], Sequence[str]]
 """Options, files and the descriptor of the agent's serial port, the second one; gives QEMU's command."""
 
@@ -217,18 +248,21 @@ async def open_machine(
         async with running(words, folder / "qemu.log", [theirs.fileno()], options.netns) as child:
             theirs.close()
             stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-            async with _listening(Machine(options, folder, paths.qmp, child, stream)) as machine:
+            machine = Machine(options, folder, paths.qmp, child, stream)
+            if not options.incoming:
+                machine._may_listen.set()
+            async with _listening(machine):
                 yield machine
 
 
 @contextlib.asynccontextmanager
-async def _listening(machine: Machine) -> AsyncIterator[Machine]:
-    """The machine with its listener at work; an exception of the block comes out as it is, in no group."""
+async def _listening(machine: Machine) -> AsyncIterator[None]:
+    """The machine's listener is at work; an exception of the block comes out as it is, in no group."""
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(machine._listen)
         try:
-            yield machine
+            yield
         except Exception as error:
             failure = error
         nursery.cancel_scope.cancel()

@@ -18,9 +18,11 @@ from typing import NoReturn
 
 import pytest
 
+from guest_moves.guest_programs import can_compile, compiled
 from vfio_user.client.qemu.command import MachineOptions
 from vfio_user.client.qemu.lab import Lab, build_lab
 from vfio_user.client.qemu.machine import Machine, open_machine
+from vfio_user.client.qemu.moving import Model
 from vfio_user.client.qemu.namespace import Namespace, open_namespace
 from vfio_user.client.qemu.paths import lab_root
 from vfio_user.client.qemu.shell import LabError
@@ -151,3 +153,22 @@ def guest_machine(lab: Lab) -> GuestMachine:
             yield guest
 
     return start
+
+
+@pytest.fixture(scope="session")
+def scribble(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The guest's program of tests/guest_moves/scribble.c."""
+    if not can_compile():
+        missing("there is no gcc: make lab, or apt-get install gcc libc6-dev")
+    return compiled("scribble", tmp_path_factory.mktemp("programs"))
+
+
+TESTS = str(Path(__file__).parents[1])
+
+
+@pytest.fixture
+def scribbler() -> Model:
+    """The device of tests/guest_moves/scribbler.py."""
+    return Model(
+        "guest_moves.scribbler:Scribbler", "scribbler", environment=os.environ | {"PYTHONPATH": TESTS}
+    )
