@@ -111,6 +111,13 @@ class DeviceControl:
             self._stand_still_without_client()
         return {"running": self.host.running}
 
+    def blank(self, on: bool) -> Any:
+        """Whether the client's accesses to BARs are kept from the model, as long as it stands still."""
+        if on and (self.host.running or not self.claimed):
+            raise RpcError(REFUSED, "no controller has stopped the device: stop it first")
+        self.host.set_blank(on)
+        return {"on": on}
+
     def reset(self) -> Any:
         """As the client's DEVICE_RESET."""
         self.host.reset()

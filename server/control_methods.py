@@ -46,6 +46,7 @@ def _state(control: Control) -> Any:
             "owner": "controller" if control.device.claimed else "client",
             "reason": migration.reason,
         },
+        "blank": engine.host.blank,
         "transfer": None if transfer is None else {"method": transfer.method, "bytes": transfer.bytes},
         "bus_master": engine.host.dma.enabled,
         "unanswered_dma": engine.outstanding,
@@ -121,6 +122,14 @@ METHODS: Mapping[str, Method] = {
             lambda c, a, fd: c.device.resume(),
             "let it go on, and fire the interrupts that are due; without a client it waits for one",
             "no save or load is under way, and the client does not migrate it itself",
+        ),
+        Method(
+            "blank",
+            lambda c, a, fd: c.device.blank(a["on"]),
+            "answer the client's reads of BARs with zeros and drop its writes: nothing of them reaches the "
+            "model; ends with `resume`, a reset, and the client",
+            "a controller has stopped the device",
+            (_ON,),
         ),
         Method(
             "save",

@@ -114,6 +114,8 @@ def region_read(session: "Session", request: m.RegionReadRequest, fds: list[Owne
     region = _accessed(session, request.region, request.offset, request.count)
     if not region.readable:
         raise DeviceError(f"region {request.region} cannot be read", errno.EPERM)
+    if session.host.is_blank(request.region):
+        return Answer(m.RegionReadReply(request.offset, request.region, bytes(request.count)))
     data = region.read(request.offset, request.count)
     if memoryview(data).nbytes != request.count:  # TypeError, when it is nothing of that kind
         raise ValueError(f"region {request.region} gave {len(data)} bytes, not {request.count}")
@@ -166,7 +168,8 @@ def _write(session: "Session", index: int, offset: int, data: m.Payload) -> None
     region = _accessed(session, index, offset, len(data))
     if not region.writable:
         raise DeviceError(f"region {index} cannot be written", errno.EPERM)
-    region.write(offset, data)
+    if not session.host.is_blank(index):
+        region.write(offset, data)
 
 
 HANDLERS: dict[Command, Handler] = {

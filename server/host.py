@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from vfio_user.device_models.device import Device, IrqIndex
+from vfio_user.device_models.device import Device, IrqIndex, RegionIndex
 from vfio_user.device_models.host import HostBase, log_timer_error
 from vfio_user.device_models.regions import Region, SharedMemory
 from vfio_user.protocol.constants import PCI_NUM_REGIONS
@@ -19,6 +19,8 @@ from vfio_user.server.migration.engine import MigrationEngine
 from vfio_user.server.migration.region import MigrationRegion
 from vfio_user.server.shared_memory import MemfdMemory
 from vfio_user.transport.poller import Poller
+
+_BLANKED = frozenset(RegionIndex) - {RegionIndex.CONFIG}
 
 
 class IrqLines(Protocol):
@@ -65,6 +67,7 @@ class EngineHost(HostBase):
 
     def __init__(self, table: DmaTable) -> None:
         super().__init__(time.monotonic_ns, log_timer_error)
+        self._blank = False
         self._memories: list[MemfdMemory] = []
         self.table = table
         self.dma = GuestMemory(table, gate=self.gate)
@@ -76,6 +79,7 @@ class EngineHost(HostBase):
     def detach(self) -> None:
         """The client has gone: stop the device, release the client's memory and descriptors."""
         self.stop()
+        self._blank = False
         self.tasks.cut()  # nobody answers what they wait for
         self.dma.messages = None
         self.dma.set_write_through(False)
@@ -95,8 +99,23 @@ class EngineHost(HostBase):
         self.irqs.stop()
 
     def resume(self) -> None:
+        self._blank = False
         super().resume()
         self.irqs.resume()
+
+    def set_blank(self, on: bool) -> None:
+        """Keep the client's accesses to BARs, ROM and VGA from a stopped model: zeros are read, and what is
+        written is dropped. Ends when the device goes on, and with the client."""
+        self._blank = on
+
+    def is_blank(self, index: int) -> bool:
+        """Whether a client's access to the region does not reach the model now; only while it is stopped."""
+        return self._blank and index in _BLANKED
+
+    @property
+    def blank(self) -> bool:
+        """Whether `set_blank` is in force."""
+        return self._blank
 
     def set_irq_level(self, level: bool) -> None:
         self.irqs.set_level(level)

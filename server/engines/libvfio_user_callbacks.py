@@ -63,11 +63,13 @@ class Callbacks:
             if is_write:
                 if not region.writable:
                     raise DeviceError(f"region {index} cannot be written", errno.EPERM)
-                region.write(offset, ctypes.string_at(buffer, count))
+                if not host.is_blank(index):
+                    region.write(offset, ctypes.string_at(buffer, count))
             else:
                 if not region.readable:
                     raise DeviceError(f"region {index} cannot be read", errno.EPERM)
-                data = bytes(memoryview(region.read(offset, count)))
+                blank = host.is_blank(index)
+                data = bytes(count) if blank else bytes(memoryview(region.read(offset, count)))
                 if len(data) != count:
                     raise ValueError(f"region {index} gave {len(data)} bytes, not {count}")
                 ctypes.memmove(buffer, data, count)

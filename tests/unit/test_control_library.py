@@ -47,6 +47,13 @@ async def test_stop_save_load_and_what_the_library_keeps_to_itself(tmp_path: Pat
         with file.open("wb") as stream:
             assert (await control.call("save", fd=stream.fileno()))["running"]
         assert not (await control.call("stop"))["running"]
+        await control.call("blank", on=True)
+        assert await vmm.read(0, 0) == 0
+        await vmm.write(0, 0, 44)
+        await control.call("blank", on=False)
+        assert await vmm.read(0, 0) == 42
+        await control.call("blank", on=True)
+        await control.call("blank", on=False)
         await vmm.write(0, 0, 43)
         with file.open("rb") as stream:
             assert not (await control.call("load", fd=stream.fileno()))["running"]
