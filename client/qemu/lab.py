@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The lab: QEMU, a guest and libvfio-user, built in a cache folder and checked before every use.
+"""The lab: QEMU, a guest, libvfio-user and OpenSSH, built in a cache folder and checked before every use.
 
 `python -m vfio_user.client.qemu.lab` builds what is missing, stale or damaged and prints a table.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from vfio_user.client.qemu import apt, guest_image, libvfio, newc, suite, tools
+from vfio_user.client.qemu import apt, guest_image, libvfio, newc, ssh_programs, suite, tools
 from vfio_user.client.qemu.parts import Outcome, Part, Stamp, builder_lock, ensure, problem_of
 from vfio_user.client.qemu.paths import lab_root
 from vfio_user.client.qemu.shell import LabError, Shell
@@ -42,6 +42,7 @@ GUEST = Part(
     guest_image.check,
 )
 LIBVFIO = Part("libvfio-user", "libvfio-user", _recipe(libvfio, apt), _build_libvfio, libvfio.check)
+SSH = Part("ssh", "OpenSSH", _recipe(ssh_programs, apt), ssh_programs.build, ssh_programs.check)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,10 @@ class Lab:
         """libvfio-user's sample program: server, client, gpio-pci-idio-16 or lspci."""
         return self._part(LIBVFIO) / "build" / "samples" / name
 
+    def ssh(self, program: str) -> list[str]:
+        """The command that runs one of `ssh_programs.PROGRAMS`."""
+        return ssh_programs.words(self._part(SSH), program)
+
     def _part(self, part: Part) -> Path:
         if problem := problem_of(part, self.root):
             raise LabError(f"{part.title} in {self.root}: {problem}; get it with: {HOW_TO_GET}")
@@ -109,7 +114,7 @@ def build_lab(root: Path, say: Say) -> list[Outcome]:
         log.write_text("")
         builder = Shell(log, say, {})
         outcomes = [_qemu(root, builder)]
-        outcomes += [ensure(part, root, builder) for part in (GUEST, LIBVFIO)]
+        outcomes += [ensure(part, root, builder) for part in (GUEST, LIBVFIO, SSH)]
         return [*outcomes, _tools(builder)]
 
 
