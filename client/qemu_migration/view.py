@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""QEMU's own view of a vfio-user device, which it does not move: taken at the source, restored at the
+destination.
+
+    reasons = check(await control.call("configuration"), await ask_chipset(qmp))  # nothing is stopped yet
+    view = await snapshot(qmp, control, "nic")  # source: CPUs and device stopped
+    await restore(qmp, control, "nic", view)  # destination: state loaded, QEMU paused
+
+The MSI-X table is inside QEMU. It is read by the monitor, and written by the device itself: QEMU carries out
+a server's DMA message wherever it goes, to the table as well.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vfio_user.client.control import ControlClient
+from vfio_user.client.qemu_migration import monitor
+from vfio_user.client.qemu_migration.capabilities import (
+    CAP_MSIX,
+    COMMAND,
+    COMMAND_BUS_MASTER,
+    COMMAND_MEMORY,
+    MSIX_ENABLE,
+    CannotRestore,
+    Chipset,
+    Configuration,
+    bar_writes,
+    blank_table,
+    check,
+    command_write,
+    interrupt_writes,
+    parse_configuration,
+    power_writes,
+    reasons_against,
+)
+from vfio_user.client.qemu_migration.monitor import Function, MonitorError, Write
+from vfio_user.client.qemu_migration.qmp import Qmp, QmpError
+from vfio_user.protocol.json_rpc import RpcError
+
+__all__ = ["CannotRestore", "Chipset", "View", "ask_chipset", "check", "restore", "snapshot"]
+
+MAX_WRITE = 4096
+"""Bytes of one `guest-write`."""
+_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Of one device: where it is, what its configuration space has, where QEMU maps its BARs (by index, the
+    option ROM is 6), the MSI-X table (None: there is none, or the guest cannot have anything in it), and the
+    port 0xcf8 of the machine."""
+
+    function: Function
+    configuration: Configuration
+    regions: Mapping[int, int]
+    table: bytes | None
+    address_register: int
+
+
+async def ask_chipset(qmp: Qmp) -> Chipset:
+    """For `check`. QmpError, QmpLost."""
+    machine = await qmp.execute("qom-get", path="/machine", property="type")
+    types: list[str] = []
+    for folder in _FOLDERS:
+        with contextlib.suppress(QmpError):  # a machine without such devices may lack the folder
+            types += [row["type"] for row in await qmp.execute("qom-list", path=folder)]
+    found = (kind.removeprefix("child<").removesuffix(">") for kind in types if "iommu" in kind)
+    return Chipset(str(machine), next(found, ""))
+
+
+async def snapshot(qmp: Qmp, control: ControlClient, qdev_id: str) -> View:
+    """The view at the source, whose CPUs and device are stopped; QEMU and device are as they were after it.
+
+    `control` is the source's server. CannotRestore with the reasons; QmpLost, ControlLost.
+    """
+    with _complaints():
+        devices, register = await qmp.execute_all(
+            [("query-pci", {}), _command(monitor.read_port_line(monitor.ADDRESS_PORT, 4))]
+        )
+        configuration = parse_configuration(await control.call("configuration"))
+        if reasons := reasons_against(configuration):
+            raise CannotRestore(*reasons)
+        function, regions = _find(devices, qdev_id)
+        view = View(function, configuration, regions, None, monitor.parse_port(register))
+        table = await _read_table(qmp, view)
+        return View(function, configuration, regions, table, view.address_register)
+
+
+async def restore(qmp: Qmp, control: ControlClient, qdev_id: str, view: View) -> None:
+    """Give the view to the destination's QEMU, which has taken the guest and is paused.
+
+    `control` is the destination's server, whose device has the state and is stopped. The device's registers
+    see no access but to the configuration space. CannotRestore: the view is not restored, or only in part;
+    QmpLost, ControlLost.
+    """
+    configuration, command = view.configuration, view.configuration.command
+    now = command if configuration.changed(COMMAND, 2) else None
+    with _complaints():
+        writes, table = bar_writes(configuration), _table_to_write(view)
+        if table is not None:
+            now = command | COMMAND_MEMORY | COMMAND_BUS_MASTER
+            await _write(qmp, view, [*writes, command_write(now)])
+            await _write_table(control, table)
+            await _compare_table(qmp, table)
+            writes, now = [], None if now == command else command
+        last = [] if now is None else [command_write(now)]
+        writes += [*interrupt_writes(configuration), *last, *power_writes(configuration)]
+        devices = await _write(qmp, view, writes, ("query-pci", {}))
+        _compare(view, *_find(devices, qdev_id))
+
+
+@contextlib.contextmanager
+def _complaints() -> Iterator[None]:
+    """Whatever QEMU or the server refuses is a reason why the view cannot be restored."""
+    try:
+        yield
+    except (MonitorError, QmpError, RpcError) as error:
+        raise CannotRestore(str(error)) from error
+
+
+def _command(line: str) -> tuple[str, Mapping[str, Any]]:
+    return "human-monitor-command", {"command-line": line}
+
+
+async def _write(qmp: Qmp, view: View, writes: Sequence[Write], *then: tuple[str, Mapping[str, Any]]) -> Any:
+    """Writes to the configuration space, and port 0xcf8 put back; the answer to the command `then`.
+
+    All goes to QEMU at once: the guest waits.
+    """
+    lines = monitor.write_lines(view.function, writes)
+    lines += [monitor.address_line(view.address_register)] if lines else []
+    answers = await qmp.execute_all([*map(_command, lines), *then])
+    monitor.require_silence(lines, answers[: len(lines)])
+    return answers[-1] if then else None
+
+
+# Where it is
+
+
+def _find(devices: Any, qdev_id: str) -> tuple[Function, Mapping[int, int]]:
+    """A device in the answer of query-pci: bus numbers are the guest's, and may change while it runs."""
+    for device in _all_devices(row for bus in devices for row in bus["devices"]):
+        if device["qdev_id"] == qdev_id != "":
+            function = Function(device["bus"], device["slot"], device["function"])
+            return function, {region["bar"]: region["address"] for region in device["regions"]}
+    raise CannotRestore(f"QEMU has no PCI device with the id {qdev_id!r}")
+
+
+def _all_devices(devices: Iterable[Any]) -> Iterator[Any]:
+    for device in devices:
+        yield device
+        yield from _all_devices(device.get("pci_bridge", {}).get("devices", ()))
+
+
+def _compare(view: View, function: Function, regions: Mapping[int, int]) -> None:
+    if function != view.function:
+        raise CannotRestore(f"it was at {view.function}, and is at {function} at the destination")
+    for index in sorted(view.regions.keys() | regions.keys()):
+        before, now = view.regions.get(index), regions.get(index)
+        if before != now:
+            raise CannotRestore(f"BAR {index} was mapped at {_place(before)}, and is at {_place(now)}")
+
+
+def _place(address: int | None) -> str:
+    return "no address" if address is None or not 0 <= address < 1 << 63 else f"{address:#x}"
+
+
+# MSI-X table
+
+
+def _table_place(configuration: Configuration) -> tuple[int, int] | None:
+    """Guest address and size of the table; None where QEMU does not map it, whatever the command register
+    says."""
+    if configuration.table is None or configuration.sleeps:
+        return None
+    index, offset, size = configuration.table
+    (base,) = (configuration.bar_address(bar) for bar in configuration.bars if bar.index == index)
+    if base:
+        return base + offset, size
+    if configuration.control(CAP_MSIX) & MSIX_ENABLE:
+        raise CannotRestore(f"MSI-X is enabled, and its table is in BAR {index}, which has no address")
+    return None
+
+
+async def _read_table(qmp: Qmp, view: View) -> bytes | None:
+    if (place := _table_place(view.configuration)) is None:
+        return None
+    command = view.configuration.command
+    lines, back = [monitor.read_memory_line(*place)], list[str]()
+    if not command & COMMAND_MEMORY:
+        on, off = command_write(command | COMMAND_MEMORY), command_write(command)
+        lines = [*monitor.write_lines(view.function, [on]), *lines]
+        back = [*monitor.write_lines(view.function, [off]), monitor.address_line(view.address_register)]
+    answers = await qmp.hmp_all([*lines, *back])
+    table = answers.pop(len(lines) - 1)
+    monitor.require_silence([*lines[:-1], *back], answers)
+    return monitor.parse_memory(table, place[1])
+
+
+def _table_to_write(view: View) -> tuple[int, bytes] | None:
+    """Address and contents, unless it is as after a reset."""
+    place = _table_place(view.configuration)
+    if place is None or view.table is None or view.table == blank_table(place[1]):
+        return None
+    return place[0], view.table
+
+
+async def _write_table(control: ControlClient, table: tuple[int, bytes]) -> None:
+    address, data = table
+    for offset in range(0, len(data), MAX_WRITE):
+        piece = data[offset : offset + MAX_WRITE]
+        await control.call("guest-write", address=address + offset, data=piece.hex())
+
+
+async def _compare_table(qmp: Qmp, table: tuple[int, bytes]) -> None:
+    address, data = table
+    if await monitor.read_memory(qmp, address, len(data)) != data:
+        raise CannotRestore(f"the MSI-X table at {address:#x} has not taken what was written to it")
