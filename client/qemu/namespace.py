@@ -41,18 +41,20 @@ class Namespace:
     def sysctl(self, name: str, value: object) -> None:
         self.run("sysctl", "-q", "-w", f"{name}={value}")
 
-    def open_socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    def open_socket(
+        self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, protocol: int = 0
+    ) -> socket.socket:
         """A socket that belongs to it, whoever uses it."""
         # A thread of its own changes over: this one stays where it is.
         with ThreadPoolExecutor(1) as executor:
-            return executor.submit(self._open_socket, family, kind).result()
+            return executor.submit(self._open_socket, family, kind, protocol).result()
 
-    def _open_socket(self, family: int, kind: int) -> socket.socket:
+    def _open_socket(self, family: int, kind: int, protocol: int) -> socket.socket:
         fd = os.open(f"/run/netns/{self.name}", os.O_RDONLY)
         try:
             if _LIBC.setns(fd, _CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "setns")
-            return socket.socket(family, kind)
+            return socket.socket(family, kind, protocol)
         finally:
             os.close(fd)
 

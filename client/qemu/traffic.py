@@ -127,9 +127,7 @@ class Wire:
                 await stream.send_all(piece)
             await stream.send_eof()
 
-        command = f"set -o pipefail; echo | {self._socat('- {},shut-none', '-t 600')} | sha256sum"
-        text = await self._with_peer(give, command, timeout)
-        self._compare("host to guest", text.split()[0], rounds)
+        await self._receive_in_guest(give, lambda: rounds, timeout)
 
     async def both(self, rounds: int, timeout: float = 300.0) -> None:
         """Both ways at once, each again until both are through: neither ever has the wire to itself."""
@@ -144,10 +142,52 @@ class Wire:
             nursery.start_soon(repeat, self.receive, 0)
             nursery.start_soon(repeat, self.send, 1)
 
+    async def receive_until(self, stop: str, timeout: float = 600.0) -> int:
+        """As `receive`, until the guest has a file `stop`; how many rounds came. Leaves time for others."""
+        loop = f"i=0; while [ ! -e {stop} ]; do echo $i; cat /{BLOB_PATH}; usleep 20000; i=$((i+1)); done"
+        sha, size = hashlib.sha256(), 0
+
+        async def take(stream: trio.SocketStream) -> None:
+            nonlocal size
+            async for data in stream:
+                sha.update(data)
+                size += len(data)
+
+        await self._with_peer(take, f"set -o pipefail; ({loop}) | {self._socat('- {}')}", timeout)
+        rounds = size // len(BLOB)
+        self._compare("guest to host", sha.hexdigest(), rounds)
+        return rounds
+
+    async def send_until(self, stop: trio.Event, timeout: float = 600.0) -> int:
+        """As `send`, until the event; how many rounds were sent. Leaves time for others."""
+        rounds = 0
+
+        async def give(stream: trio.SocketStream) -> None:
+            nonlocal rounds
+            await stream.receive_some()
+            while not stop.is_set():
+                await stream.send_all(b"%d\n" % rounds + BLOB)
+                rounds += 1
+                await trio.sleep(0.02)
+            await stream.send_eof()
+
+        await self._receive_in_guest(give, lambda: rounds, timeout)
+        return rounds
+
     def _socat(self, ends: str, words: str = "-u") -> str:
         address = f"[{self.address}]" if ":" in self.address else self.address
         where = ",".join(word for word in (f"TCP:{address}:PORT", self.options) if word)
         return f"socat -b 65536 {words} {ends.format(where)}"
+
+    async def _receive_in_guest(
+        self,
+        give: Callable[[trio.SocketStream], Awaitable[None]],
+        rounds: Callable[[], int],
+        timeout: float,
+    ) -> None:
+        command = f"set -o pipefail; echo | {self._socat('- {},shut-none', '-t 600')} | sha256sum"
+        text = await self._with_peer(give, command, timeout)
+        self._compare("host to guest", text.split()[0], rounds())
 
     async def _with_peer(
         self, serve: Callable[[trio.SocketStream], Awaitable[None]], command: str, timeout: float

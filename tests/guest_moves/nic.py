@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A guest whose e1000 carries checked transfers and pings while it is moved."""
+
+import contextlib
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import trio
+
+from vfio_user.client.background import background
+from vfio_user.client.control import open_control
+from vfio_user.client.qemu.machine import Machine
+from vfio_user.client.qemu.moving import Model, Moving
+from vfio_user.client.qemu.namespace import Namespace
+from vfio_user.client.qemu.traffic import Wire
+
+HOST, GUEST = "10.9.0.1", "10.9.0.2"
+NIC = Model("e1000", "nic", tap=True)
+STOP, HOLD = "/tmp/stop", "/tmp/hold"
+_COMPLAINTS = (" hang", "timed out", "timeout", "warning", "call trace", "bug:", "failed", "reset", "is down")
+_HARMLESS = ("CPU speed", "mitigation")
+
+
+@dataclass(slots=True)
+class Transfers:
+    """One connection each way, for as long as the block lasts; `rounds` (of a megabyte) once it is over."""
+
+    rounds: list[int] = field(default_factory=list)
+
+
+@contextlib.asynccontextmanager
+async def transferring(moving: Moving, namespace: Namespace, host: str = HOST) -> AsyncIterator[Transfers]:
+    """Inside the block data flow both ways; at the end every byte is right, or TrafficError."""
+    transfers, stop = Transfers(), trio.Event()
+    wire = Wire(moving.guest, namespace, host)
+    await moving.guest.check(f"rm -f {STOP}")
+    async with background() as nursery:
+        ended = [trio.Event(), trio.Event()]
+
+        async def run(number: int) -> None:
+            way = wire.send_until(stop) if number else wire.receive_until(STOP)
+            transfers.rounds.append(await way)
+            ended[number].set()
+
+        for number in (0, 1):
+            nursery.start_soon(run, number)
+        yield transfers
+        stop.set()
+        await moving.guest.check(f"touch {STOP}", 60)
+        for event in ended:
+            await event.wait()
+
+
+@contextlib.asynccontextmanager
+async def intx_held(moving: Moving) -> AsyncIterator[None]:
+    """Inside the block the guest does not serve the NIC's interrupt: the pin goes high and stays so.
+
+    The guest needs two CPUs and `threadirqs`: the interrupt's thread waits behind a busy one that goes first.
+    """
+    guest = moving.guest
+    await guest.check("echo -1 > /proc/sys/kernel/sched_rt_runtime_us")
+    await guest.check(
+        "echo 2 > /proc/irq/$(grep eth0 /proc/interrupts | cut -d : -f 1 | tr -d ' ')/smp_affinity"
+    )
+    spin = f"end=$(($(date +%s) + 30)); while [ -e {HOLD} ] && [ $(date +%s) -lt $end ]; do :; done"
+    await guest.check(f"touch {HOLD}; taskset 2 chrt -f 99 sh -c '{spin}' >/dev/null 2>&1 </dev/null &")
+    try:
+        async with open_control(moving.here.controls[NIC.id]) as control:
+            with trio.fail_after(15):
+                while not (await control.call("configuration"))["intx"]["level"]:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+        yield
+    finally:
+        await moving.guest.check(f"rm -f {HOLD}", 60)
+
+
+def complaints(log: str) -> list[str]:
+    """What the guest's kernel does not say when nothing is wrong."""
+    lines = [line for line in log.splitlines() if not any(word in line for word in _HARMLESS)]
+    return [line for line in lines if any(word in line.lower() for word in _COMPLAINTS)]
+
+
+async def check_self_test(guest: Machine) -> None:
+    """The driver's own test of the card, all five parts."""
+    _, report = await guest.run("ethtool -t eth0 offline", timeout=90)
+    codes = dict(re.findall(r"^(\w+) test .*\t\s*(\d+)$", report, re.MULTILINE))
+    assert codes == dict.fromkeys(("Register", "Eeprom", "Interrupt", "Loopback", "Link"), "0"), report
