@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The end of a move: what is put away, and what is told."""
+
+import itertools
+
+import trio
+
+from vfio_user.client.control import ControlClient
+from vfio_user.client.qemu_migration.move import Move, MovingDevice
+from vfio_user.client.qemu_migration.qemu_side import QemuSide
+from vfio_user.client.qemu_migration.report import Downtime, Failure, Outcome, Report, Round, Step, Where
+from vfio_user.client.qemu_migration.request import Writes
+from vfio_user.client.qemu_migration.trail import TROUBLE, reason
+from vfio_user.client.qemu_migration.way_back import attempt, put_back_settings
+from vfio_user.client.qemu_migration.whose import Guest
+from vfio_user.protocol.json_rpc import REFUSED, RpcError
+
+ANSWER = 5.0
+"""Seconds in which somebody has to answer what he is at."""
+
+
+async def finish(move: Move) -> None:
+    """The guest runs at the destination: it announces itself, the source's logs end. Mishaps are noted."""
+    move.trail.begin(Step.FINISH)
+    await attempt(move, "announce", lambda move: move.each(_announce))
+    await attempt(move, "end the logs", lambda move: move.each(_end_log))
+    await attempt(move, "put back the settings", put_back_settings)
+
+
+async def _announce(device: MovingDevice) -> None:
+    try:
+        await device.destination.call("announce")
+    except RpcError as error:
+        if error.code != REFUSED:  # it is no network card, or has no address yet
+            raise
+
+
+async def _end_log(device: MovingDevice) -> None:
+    if device.write_through:
+        await device.source.call("write-through", on=False)
+    await device.source.call("log-stop")
+
+
+# The report
+
+
+async def write_report(move: Move, outcome: Outcome, failure: Failure | None, guest: Guest) -> Report:
+    ram, qemu_downtime = await _figures(move)
+    trail = move.trail
+    return Report(
+        outcome=outcome,
+        guest=guest.value,
+        source=await _describe(move, move.source),
+        destination=await _describe(move, move.destination),
+        seconds=trail.seconds,
+        writes=_writes(move),
+        rounds=tuple(_rounds(move)),
+        downtime=_downtime(move),
+        qemu_downtime=qemu_downtime,
+        devices=tuple(device.report() for device in move.devices),
+        ram=ram,
+        samples=tuple(trail.samples),
+        failure=failure,
+        notes=tuple(trail.notes),
+    )
+
+
+def _writes(move: Move) -> Writes:
+    through = any(device.write_through for device in move.devices)
+    return Writes.WRITE_THROUGH if through else Writes.HAND_OVER
+
+
+async def _figures(move: Move) -> tuple[dict[str, int], float]:
+    """QEMU's last account; what was seen of it when it is gone."""
+    with trio.move_on_after(ANSWER):
+        try:
+            answer = await move.source.query()
+            ram = dict(answer.get("ram", {}))
+            if ram:
+                move.ram.append((move.trail.seconds, ram))
+            return ram, float(answer.get("downtime", 0))
+        except TROUBLE:
+            pass
+    return dict(move.ram[-1][1]) if move.ram else {}, 0.0
+
+
+def _rounds(move: Move) -> list[Round]:
+    """From what QEMU said while it copied: its counter of passes tells them apart."""
+    passes = [
+        list(looks)
+        for _, looks in itertools.groupby(move.ram, lambda look: look[1].get("dirty-sync-count", 0))
+    ]
+    rounds, at, pages, sent = [], _at(move, "migrate"), 0, 0
+    for number, looks in enumerate(passes, 1):
+        seconds, last = looks[-1]
+        total = last.get("normal", 0) + last.get("duplicate", 0)
+        end = (
+            _at(move, "completed") if number == len(passes) and "completed" in move.marks else seconds * 1000
+        )
+        rounds.append(Round(number, at, end - at, total - pages, last.get("transferred", 0) - sent))
+        at, pages, sent = end, total, last.get("transferred", 0)
+    return rounds
+
+
+def _at(move: Move, mark: str) -> float:
+    """Milliseconds since the start."""
+    return move.trail.since_start(move.marks[mark]) if mark in move.marks else 0.0
+
+
+def _downtime(move: Move) -> Downtime:
+    return Downtime(
+        stop=move.between("still", "stopped"),
+        hand_over=move.between("stopped", "handed-over"),
+        last_pass=move.between("handed-over", "completed"),
+        restore=move.between("completed", "restored"),
+        start=move.between("restored", "running"),
+    )
+
+
+# What both sides are at, in words
+
+
+_STATES = {
+    "running": "its guest runs",
+    "paused": "its guest is paused",
+    "postmigrate": "its guest has been moved away, and stands still: end this QEMU, never continue it",
+    "inmigrate": "it waits for a guest",
+    "finish-migrate": "its guest stands still, in the middle of a migration",
+}
+
+
+async def _describe(move: Move, side: QemuSide) -> str:
+    words = [await _describe_qemu(side)]
+    for device in move.devices:
+        control = device.source if side.where is Where.SOURCE else device.destination
+        words.append(f"{device.id} {await _describe_device(control)}")
+    return "; ".join(words)
+
+
+async def _describe_qemu(side: QemuSide) -> str:
+    with trio.move_on_after(ANSWER):
+        try:
+            state = await side.run_state()
+            return _STATES.get(state, f"its guest is in the state {state}")
+        except TROUBLE as error:
+            return f"QEMU cannot be asked ({reason(error)})"
+    return "QEMU does not answer"
+
+
+async def _describe_device(control: ControlClient) -> str:
+    with trio.move_on_after(ANSWER):
+        try:
+            state = await control.call("state")
+        except TROUBLE as error:
+            return f"is lost: its server cannot be asked ({reason(error)})"
+        runs = "runs" if state["running"] else "stands still"
+        return runs if state["client"]["attached"] else f"{runs}, and no VMM is connected to it"
+    return "does not answer"

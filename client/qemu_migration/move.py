@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A move under way: both QEMUs, every device with both of its servers, and what has been measured so far."""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from vfio_user.client.background import background
+from vfio_user.client.control import ControlClient, ControlLost, open_control
+from vfio_user.client.qemu_migration.carry import Carrier
+from vfio_user.client.qemu_migration.facts import Facts
+from vfio_user.client.qemu_migration.qemu_side import EVENTS, QemuSide
+from vfio_user.client.qemu_migration.qmp import QmpLost, open_qmp
+from vfio_user.client.qemu_migration.report import DeviceReport, MoveError, Where
+from vfio_user.client.qemu_migration.request import DeviceRequest, Request
+from vfio_user.client.qemu_migration.settings import Settings
+from vfio_user.client.qemu_migration.together import side_by_side
+from vfio_user.client.qemu_migration.trail import Trail
+from vfio_user.client.qemu_migration.view import View
+from vfio_user.client.qemu_migration.writes import Growth
+
+
+class MovingDevice:
+    """One device; its figures are collected here."""
+
+    def __init__(self, wanted: DeviceRequest, source: ControlClient, destination: ControlClient) -> None:
+        self.id = wanted.id
+        self.wanted = wanted
+        self.source = source
+        self.destination = destination
+        self.carrier = Carrier(source, destination)
+        self.model = ""
+        self.write_through = False
+        self.growth = Growth()
+        self.view: View | None = None
+        """QEMU's own view of it, taken at the source."""
+        self.messages = 0
+        """DMA writes by message before memory was copied."""
+        self.pages_by_message = 0
+        self.pages_handed_over = 0
+        self.intx_lowered = False
+        self.ms: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Notes the milliseconds that a block took as `name`."""
+        begin = time.perf_counter()
+        yield
+        self.ms[name] = (time.perf_counter() - begin) * 1000
+
+    def report(self) -> DeviceReport:
+        return DeviceReport(
+            id=self.id,
+            model=self.model,
+            write_through=self.write_through,
+            state_bytes=self.carrier.bytes,
+            pages_handed_over=self.pages_handed_over,
+            pages_by_message=self.pages_by_message,
+            intx_lowered=self.intx_lowered,
+            **{f"{name}_ms": value for name, value in self.ms.items()},
+        )
+
+
+@dataclass(eq=False)
+class Move:
+    """`was_running`: the source's guest ran, and shall run at the destination. `marks`: moments of
+    `time.perf_counter`, by what had been reached then."""
+
+    request: Request
+    trail: Trail
+    source: QemuSide
+    destination: QemuSide
+    devices: tuple[MovingDevice, ...]
+    _stack: contextlib.AsyncExitStack
+    facts: Facts | None = None
+    settings: list[Settings] = field(default_factory=list)
+    was_running: bool = True
+    marks: dict[str, float] = field(default_factory=dict)
+    ram: list[tuple[float, Mapping[str, int]]] = field(default_factory=list)
+    """QEMU's figures while it copied, by seconds since the start."""
+    continued: bool = False
+    """`migrate-continue` has been sent: the destination may have the guest."""
+    started: bool = False
+    """`cont` has been sent to the destination: the guest may run there."""
+
+    def mark(self, name: str) -> None:
+        self.marks[name] = time.perf_counter()
+
+    def between(self, begin: str, end: str) -> float:
+        """Milliseconds; 0 when one of the two was not reached."""
+        if begin not in self.marks or end not in self.marks:
+            return 0.0
+        return (self.marks[end] - self.marks[begin]) * 1000
+
+    async def each(self, work: Callable[[MovingDevice], Awaitable[None]]) -> None:
+        """The same for all devices at once; the first failure comes out, with the device's name."""
+        async with side_by_side() as nursery:
+            for device in self.devices:
+                nursery.start_soon(self._one, work, device)
+
+    async def reconnect(self, side: QemuSide) -> None:
+        """A new connection to a monitor that was lost. QmpLost."""
+        side.qmp = await self._stack.enter_async_context(open_qmp(side.qmp.address))
+        await _follow(self._stack, side)
+
+    async def _one(self, work: Callable[[MovingDevice], Awaitable[None]], device: MovingDevice) -> None:
+        await work(device)
+
+
+@contextlib.asynccontextmanager
+async def open_move(request: Request, trail: Trail) -> AsyncIterator[Move]:
+    """Connections to everybody. MoveError: somebody cannot be reached; nothing has been touched."""
+    async with contextlib.AsyncExitStack() as stack:
+        source = await _open_side(stack, request.source_qmp, Where.SOURCE)
+        destination = await _open_side(stack, request.destination_qmp, Where.DESTINATION)
+        devices = [await _open_device(stack, device) for device in request.devices]
+        yield Move(request, trail, source, destination, tuple(devices), stack)
+
+
+async def _open_side(stack: contextlib.AsyncExitStack, address: str, where: Where) -> QemuSide:
+    try:
+        qmp = await stack.enter_async_context(open_qmp(address))
+    except QmpLost as error:
+        raise MoveError(f"the {where.value}'s QEMU: {error}", where) from error
+    side = QemuSide(qmp, where)
+    await _follow(stack, side)
+    return side
+
+
+async def _follow(stack: contextlib.AsyncExitStack, side: QemuSide) -> None:
+    events = stack.enter_context(side.qmp.listen(*EVENTS))
+    nursery = await stack.enter_async_context(background())
+    nursery.start_soon(side.follow, events)
+
+
+async def _open_device(stack: contextlib.AsyncExitStack, wanted: DeviceRequest) -> MovingDevice:
+    ends = []
+    for where, path in ((Where.SOURCE, wanted.source), (Where.DESTINATION, wanted.destination)):
+        try:
+            ends.append(await stack.enter_async_context(open_control(path)))
+        except ControlLost as error:
+            raise MoveError(f"{wanted.id}, the {where.value}'s server: {error}", where) from error
+    return MovingDevice(wanted, *ends)
+
+
+async def within(seconds: float, work: Awaitable[Any], complaint: str, where: Where) -> Any:
+    """The result of `work`. MoveError with `complaint` when it takes too long."""
+    with trio.move_on_after(seconds) as scope:
+        return await work
+    assert scope.cancelled_caught
+    raise MoveError(complaint, where)

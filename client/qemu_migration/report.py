@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a migration tells while it runs (`Progress`) and at its end (`Report`)."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+from vfio_user.client.qemu_migration.request import Writes
+from vfio_user.protocol.errors import VfioUserError
+
+
+class Step(Enum):
+    """Where a migration is; the order is that of a successful one."""
+
+    CONNECT = "connect to both QEMUs and to every device"
+    CHECK = "check that the guest can be moved"
+    RECEIVE = "stop the destination's devices"
+    LOG = "start the dirty logs"
+    MEASURE = "measure what the devices write"
+    STATE = "begin to move the devices' states"
+    SETTINGS = "set QEMU's capabilities and limits"
+    PRECOPY = "copy memory while the guest runs"
+    STOP = "stop the devices"
+    HAND_OVER = "hand over logs, interrupts and states"
+    LAST_PASS = "let QEMU send the last pages"
+    RESTORE = "restore QEMU's view of the devices"
+    START = "start the devices and the guest"
+    FINISH = "announce the guest, and put the source away"
+    DONE = "done"
+
+
+class Where(Enum):
+    """Whose fault a failure is, as far as one can tell."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+    HERE = "the migration itself"
+
+
+class Outcome(Enum):
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class MoveError(VfioUserError):
+    """A migration cannot go on; the text says why, `where` on which side."""
+
+    def __init__(self, reason: str, where: Where = Where.HERE) -> None:
+        super().__init__(reason)
+        self.where = where
+
+
+class Refused(MoveError):
+    """The guest cannot be moved, or needs no help to be; nothing has been touched. `reasons` has them all."""
+
+    def __init__(self, reasons: tuple[str, ...]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Told at every step, and several times a second while memory is copied. Bytes of guest memory by QEMU's
+    count; `device_pages` are in the servers' logs, `state` bytes of the devices' states have come over."""
+
+    step: Step
+    seconds: float
+    """Since the beginning."""
+    sent: int = 0
+    left: int = 0
+    total: int = 0
+    passes: int = 0
+    device_pages: int = 0
+    state: int = 0
+    write_through: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One of QEMU's passes over memory; the last one with the guest stopped. `at` and `ms` are milliseconds,
+    `pages` of 4 KiB (those of zeros too), `bytes` on the wire."""
+
+    number: int
+    at: float
+    ms: float
+    pages: int
+    bytes: int
+    stopped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Downtime:
+    """Milliseconds from QEMU's word that the source's CPUs stand still to that that the destination's run, by
+    what they went to."""
+
+    stop: float = 0.0
+    """Until all devices stand still."""
+    hand_over: float = 0.0
+    """Logs, interrupts, states and QEMU's view of the devices, all at once (`Parts`)."""
+    last_pass: float = 0.0
+    """QEMU sends the last pages and its own devices."""
+    restore: float = 0.0
+    """QEMU's view of the devices."""
+    start: float = 0.0
+    """Devices and CPUs."""
+
+    @property
+    def total(self) -> float:
+        return self.stop + self.hand_over + self.last_pass + self.restore + self.start
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """What was done for one device. Milliseconds; the four ran side by side, and with other devices'."""
+
+    id: str
+    model: str
+    write_through: bool = False
+    state_bytes: int = 0
+    pages_handed_over: int = 0
+    pages_by_message: int = 0
+    """DMA writes by message while memory was copied: QEMU has seen each."""
+    intx_lowered: bool = False
+    stop_ms: float = 0.0
+    log_ms: float = 0.0
+    state_ms: float = 0.0
+    intx_ms: float = 0.0
+    view_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    step: Step
+    where: Where
+    reason: str
+
+    def __str__(self) -> str:
+        return f"while it was to {self.step.value} ({self.where.value}): {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The end of a migration, whatever it was. `source` and `destination` say in words what each side is at;
+    `guest` is where the guest is now: "source", "destination", or "nowhere" when it is lost."""
+
+    outcome: Outcome
+    guest: str
+    source: str
+    destination: str
+    seconds: float
+    writes: Writes
+    rounds: tuple[Round, ...] = ()
+    downtime: Downtime = field(default_factory=Downtime)
+    qemu_downtime: float = 0.0
+    """Milliseconds, by the source QEMU's own account."""
+    devices: tuple[DeviceReport, ...] = ()
+    ram: Mapping[str, int] = field(default_factory=dict)
+    """QEMU's own figures: total, transferred, normal and zero pages, …"""
+    samples: tuple[Progress, ...] = ()
+    failure: Failure | None = None
+    notes: tuple[str, ...] = ()
+    """Mishaps that changed nothing."""
+
+    @property
+    def pages(self) -> int:
+        """Pages that QEMU sent, with those that were sent again."""
+        return self.ram.get("normal", 0) + self.ram.get("duplicate", 0)
+
+    @property
+    def device_pages(self) -> int:
+        """Pages that only the servers knew of."""
+        return sum(device.pages_handed_over for device in self.devices)
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(device.state_bytes for device in self.devices)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON knows it, with the sums."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        plain["downtime"]["total"] = self.downtime.total
+        return {**plain, "pages": self.pages, "device_pages": self.device_pages}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name.lower().replace("_", "-")
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value

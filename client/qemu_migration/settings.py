@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Capabilities and parameters of QEMU's migration that we change, and put back as they were."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vfio_user.client.qemu_migration.facts import QemuFacts
+from vfio_user.client.qemu_migration.qmp import Qmp
+
+
+class Settings:
+    """Of one QEMU; `facts` say what they were before."""
+
+    def __init__(self, qmp: Qmp, facts: QemuFacts) -> None:
+        self._qmp = qmp
+        self._facts = facts
+        self._capabilities: dict[str, bool] = {}
+        self._parameters: dict[str, Any] = {}
+
+    async def set_capabilities(self, wanted: Mapping[str, bool]) -> None:
+        """QmpError, QmpLost. What is so already, and what this QEMU does not know, is left alone."""
+        had = self._facts.capabilities
+        changed = {name: on for name, on in wanted.items() if had.get(name, on) != on}
+        self._capabilities |= {name: had[name] for name in changed}
+        if changed:
+            await self._send_capabilities(changed)
+
+    async def set_parameters(self, wanted: Mapping[str, Any]) -> None:
+        """QmpError, QmpLost."""
+        had = self._facts.parameters
+        changed = {name: value for name, value in wanted.items() if had.get(name) != value}
+        self._parameters |= {name: had[name] for name in changed if name in had}
+        if changed:
+            await self._qmp.execute("migrate-set-parameters", **changed)
+
+    async def put_back(self) -> None:
+        """QmpError, QmpLost; QEMU takes no other capabilities while it migrates."""
+        if self._capabilities:
+            await self._send_capabilities(self._capabilities)
+            self._capabilities = {}
+        if self._parameters:
+            await self._qmp.execute("migrate-set-parameters", **self._parameters)
+            self._parameters = {}
+
+    async def _send_capabilities(self, values: Mapping[str, bool]) -> None:
+        rows = [{"capability": name, "state": on} for name, on in values.items()]
+        await self._qmp.execute("migrate-set-capabilities", capabilities=rows)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The part of a move in which the guest stands still. Every round trip here is downtime: what can go side by
+side does, and nothing is waited for by looking again and again."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from vfio_user.client.qemu_migration.intx import lower_intx
+from vfio_user.client.qemu_migration.move import Move, MovingDevice, within
+from vfio_user.client.qemu_migration.report import MoveError, Step, Where
+from vfio_user.client.qemu_migration.together import side_by_side
+from vfio_user.client.qemu_migration.view import restore as restore_view
+from vfio_user.client.qemu_migration.view import snapshot
+
+WAIT_MS = 1000
+"""For DMA replies that QEMU owes when a device is stopped."""
+
+
+async def stop_devices(move: Move) -> None:
+    """The source's. Interrupts that they raise from now on are kept in their states."""
+    move.trail.begin(Step.STOP)
+    move.marks["still"] = move.source.when("STOP") or time.perf_counter()
+    limit = move.request.limits.stop
+    await move.each(lambda device: _stop(device, limit))
+    move.mark("stopped")
+
+
+async def _stop(device: MovingDevice, seconds: float) -> None:
+    complaint = f"{device.id} does not stop within {seconds:g} s"
+    with device.timed("stop"):
+        result = await within(seconds, device.source.call("stop", wait=WAIT_MS), complaint, Where.SOURCE)
+    if result["running"] or result["unanswered_dma"]:
+        raise MoveError(f"{device.id} does not stop: {_why(result)}", Where.SOURCE)
+
+
+def _why(result: Mapping[str, Any]) -> str:
+    return (
+        f"{result['unanswered_dma']} accesses to guest memory have no reply"
+        if not result["running"]
+        else "it runs"
+    )
+
+
+async def hand_over(move: Move) -> None:
+    """Logs to QEMU, INTx low, states to the destination: everything that goes before the last pages."""
+    move.trail.begin(Step.HAND_OVER)
+    await move.each(lambda device: _hand_over(move, device))
+    move.mark("handed-over")
+
+
+async def _hand_over(move: Move, device: MovingDevice) -> None:
+    async with side_by_side() as nursery:
+        nursery.start_soon(_hand_over_log, device)
+        nursery.start_soon(_lower, move, device)
+        nursery.start_soon(_finish_state, device)
+        nursery.start_soon(_snapshot, move, device)
+
+
+async def _hand_over_log(device: MovingDevice) -> None:
+    with device.timed("log"):
+        result = await device.source.call("log-hand-over")
+    device.pages_handed_over = int(result["pages"])
+
+
+async def _lower(move: Move, device: MovingDevice) -> None:
+    with device.timed("intx"):
+        device.intx_lowered = await lower_intx(device, move.source.qmp)
+
+
+async def _finish_state(device: MovingDevice) -> None:
+    with device.timed("state"):
+        await device.carrier.done.wait()
+
+
+async def _snapshot(move: Move, device: MovingDevice) -> None:
+    async with move.source.monitor:
+        with device.timed("view"):
+            device.view = await snapshot(move.source.qmp, device.source, device.id)
+
+
+async def last_pass(move: Move) -> None:
+    """From here on QEMU alone decides who has the guest (`way_back.whose`)."""
+    move.trail.begin(Step.LAST_PASS)
+    move.continued = True
+    await move.source.qmp.execute("migrate-continue", state="pre-switchover")
+    await move.source.until("completed")
+    await move.destination.until("completed")
+    move.mark("completed")
+
+
+async def restore(move: Move) -> None:
+    """QEMU's own view of the devices, at the destination."""
+    move.trail.begin(Step.RESTORE)
+    await move.each(lambda device: _restore(move, device))
+    move.mark("restored")
+
+
+async def _restore(move: Move, device: MovingDevice) -> None:
+    assert device.view is not None
+    async with move.destination.monitor:
+        await restore_view(move.destination.qmp, device.destination, device.id, device.view)
+
+
+async def start(move: Move) -> None:
+    """The devices fire what is due; then the CPUs go on, where they ran."""
+    move.trail.begin(Step.START)
+    await move.each(_resume)
+    if move.was_running:
+        move.started = True
+        await move.destination.qmp.execute("cont")
+    move.mark("running")
+
+
+async def _resume(device: MovingDevice) -> None:
+    await device.destination.call("resume")

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The way back: a row for each step that a failed move has to undo, in the order in which they run.
+
+Nothing here ever starts a guest on a guess. The destination's CPUs run only after `switch.start` has said so;
+until then the source can have its guest back, even when QEMU has completed the migration.
+"""
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import trio
+
+from vfio_user.client.qemu_migration.move import Move, MovingDevice
+from vfio_user.client.qemu_migration.qemu_side import ENDED
+from vfio_user.client.qemu_migration.qmp import QmpLost
+from vfio_user.client.qemu_migration.report import Step
+from vfio_user.client.qemu_migration.together import side_by_side
+from vfio_user.client.qemu_migration.trail import TROUBLE, reason
+from vfio_user.protocol.json_rpc import RpcError
+
+AGAIN = 0.05
+"""Seconds between two questions on the way back, where no event tells."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`undoes`: it runs when this step was begun."""
+
+    undoes: Step
+    text: str
+    run: Callable[[Move], Awaitable[None]]
+
+
+async def _resume_sources(move: Move) -> None:
+    async with side_by_side() as nursery:
+        for device in move.devices:
+            nursery.start_soon(_resume_source, move, device)
+
+
+async def _resume_source(move: Move, device: MovingDevice) -> None:
+    """Until it says that it runs: a `stop` that it had not answered may still be under way."""
+    try:
+        while True:
+            await _cancel_transfer(device)
+            await device.source.call("resume")
+            state = await device.source.call("state")
+            if state["running"] or not state["client"]["attached"]:
+                return
+            await trio.sleep(AGAIN)
+    except TROUBLE as error:
+        move.trail.note(f"{device.id} does not go on at the source: {reason(error)}")
+
+
+async def _cancel_transfer(device: MovingDevice) -> None:
+    with contextlib.suppress(RpcError):  # none is under way
+        await device.source.call("cancel")
+
+
+async def cancel_qemu(move: Move) -> None:
+    """Returns once the source's migration has ended, one way or the other. QmpLost."""
+    await move.source.query()
+    if move.source.status not in ENDED and move.source.status != "none":
+        await move.source.qmp.execute("migrate_cancel")
+    while move.source.status not in ENDED and move.source.status != "none":
+        await move.source.news(AGAIN)
+        await move.source.query()
+
+
+async def _run_source(move: Move) -> None:
+    """QEMU starts the CPUs by itself when a migration fails; not when it has completed."""
+    while move.was_running and (state := await move.source.run_state()) != "running":
+        if state == "postmigrate":
+            await _end_destination(move)
+            await move.source.qmp.execute("cont")
+        elif state != "finish-migrate" and move.source.status in ENDED:
+            await trio.sleep(AGAIN)
+        await move.source.news(AGAIN)
+
+
+async def _end_destination(move: Move) -> None:
+    """It has a copy of the guest, which has never run there."""
+    assert not move.started
+    with contextlib.suppress(QmpLost):
+        await move.destination.qmp.execute("quit")
+    with trio.move_on_after(5):
+        await move.destination.qmp.lost.wait()
+
+
+async def _write_by_mapping(move: Move) -> None:
+    for device in move.devices:
+        if device.write_through:
+            await device.source.call("write-through", on=False)
+
+
+async def _stop_logs(move: Move) -> None:
+    for device in move.devices:
+        await device.source.call("log-stop")
+
+
+async def put_back_settings(move: Move) -> None:
+    """Of both QEMUs; one that has ended has none."""
+    for settings, side in zip(move.settings, (move.source, move.destination), strict=False):
+        if not side.lost():
+            await settings.put_back()
+
+
+async def _reset_destinations(move: Move) -> None:
+    """As QEMU's own reset at its start left them; a state that was loaded must not come to life."""
+    for device in move.devices:
+        await device.destination.call("reset")
+
+
+WAY_BACK: tuple[Row, ...] = (
+    Row(Step.STATE, "let the source's devices go on, before the CPUs do", _resume_sources),
+    Row(Step.PRECOPY, "cancel QEMU's migration, and wait for its end", cancel_qemu),
+    Row(Step.PRECOPY, "see that the source's CPUs run again", _run_source),
+    Row(Step.MEASURE, "switch write-through off", _write_by_mapping),
+    Row(Step.LOG, "forget the dirty logs", _stop_logs),
+    Row(Step.RECEIVE, "reset the destination's devices", _reset_destinations),
+    Row(Step.SETTINGS, "put back capabilities and parameters of both QEMUs", put_back_settings),
+)
+
+
+async def lead_back(move: Move) -> None:
+    """Run the rows of what was begun. What one cannot do is noted, and the next one runs."""
+    for row in WAY_BACK:
+        if move.trail.has(row.undoes):
+            await attempt(move, row.text, row.run)
+
+
+async def attempt(move: Move, text: str, work: Callable[[Move], Awaitable[None]]) -> bool:
+    """Whether it was done."""
+    limit = move.request.limits.recovery
+    with trio.move_on_after(limit):
+        try:
+            await work(move)
+        except TROUBLE as error:
+            move.trail.note(f"way back, {text}: {reason(error)}")
+            return False
+        return True
+    move.trail.note(f"way back, {text}: not done within {limit:g} s")
+    return False

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Who has the guest, after `migrate-continue` was sent and before both sides have said that it is done."""
+
+import contextlib
+from enum import Enum
+
+import trio
+
+from vfio_user.client.qemu_migration.move import Move
+from vfio_user.client.qemu_migration.qemu_side import ENDED, QemuSide
+from vfio_user.client.qemu_migration.qmp import QmpLost
+from vfio_user.client.qemu_migration.trail import TROUBLE, reason
+from vfio_user.client.qemu_migration.way_back import AGAIN, cancel_qemu
+
+RECONNECT = 5.0
+"""Seconds in which a monitor that was lost may come back."""
+
+
+class Guest(Enum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+    NOWHERE = "nowhere"
+
+
+async def whose(move: Move) -> Guest:
+    """Cancels what is not completed, and says where the guest can go on. It may run at
+    the source, whose QEMU starts its CPUs by itself when a migration fails."""
+    if await _reached(move, move.source):
+        await cancel_qemu(move)
+        if move.source.status != "completed":
+            return Guest.SOURCE
+        return Guest.DESTINATION if await _arrived(move) else Guest.SOURCE
+    if await _arrived(move):
+        return Guest.DESTINATION  # what has all of it was sent all of it: the source has nothing more to do
+    if not await _source_lives(move):
+        return Guest.NOWHERE
+    await _discard(move)
+    return Guest.SOURCE
+
+
+async def _reached(move: Move, side: QemuSide) -> bool:
+    """Whether its monitor answers, after a new connection if need be."""
+    try:
+        if side.lost():
+            with trio.move_on_after(RECONNECT):
+                await move.reconnect(side)
+        await side.query()
+    except QmpLost:
+        return False
+    return True
+
+
+async def _arrived(move: Move) -> bool:
+    """Whether the destination has all of the guest. Waits while it is still receiving."""
+    if not await _reached(move, move.destination):
+        return False
+    try:
+        while move.destination.status not in ENDED and move.destination.status in ("active", "device"):
+            await move.destination.news(AGAIN)
+            await move.destination.query()
+    except QmpLost:
+        return False
+    return move.destination.status == "completed"
+
+
+async def _source_lives(move: Move) -> bool:
+    """By its servers: a QEMU that is gone has no connection to them. Not known means that it may."""
+    lives = True
+    for device in move.devices:
+        try:
+            state = await device.source.call("state")
+            lives = lives and bool(state["client"]["attached"])
+        except TROUBLE as error:
+            move.trail.note(f"{device.id}, the source's server: {reason(error)}")
+    return lives
+
+
+async def _discard(move: Move) -> None:
+    """End the destination before the source's devices go on."""
+    with contextlib.suppress(QmpLost):
+        await move.destination.qmp.execute("quit")
+        await move.destination.qmp.lost.wait()
+
+
+async def runs_there(move: Move) -> bool | None:
+    """After `cont` was sent to the destination without an answer: whether it runs; None: nobody can say."""
+    if await _reached(move, move.destination):
+        return await move.destination.run_state() == "running"
+    for device in move.devices:
+        try:
+            state = await device.destination.call("state")
+        except TROUBLE:
+            continue
+        if not state["client"]["attached"]:
+            return False  # its QEMU is gone
+    return None
