@@ -62,22 +62,47 @@ class Answer:
 
 
 class LineSplitter:
-    """Cuts what comes into lines. `feed` raises RpcError for one that is too long: what follows is lost."""
+    """Cuts what comes into lines. RpcError for one that is too long: what follows is lost."""
 
     def __init__(self, limit: int = MAX_LINE) -> None:
         self._limit = limit
-        self._rest = b""
+        self._data = b""
+        self._start = self._searched = 0
 
     @property
     def rest(self) -> bytes:
-        """The beginning of a line whose end has not come yet."""
-        return self._rest
+        """What has come and was not taken."""
+        return self._data[self._start :]
+
+    def put(self, data: bytes) -> None:
+        """Bytes that have come, for `take`."""
+        self._searched -= self._start
+        self._data, self._start = self.rest + data, 0
+
+    def take(self) -> bytes | None:
+        """The next line that is not blank; None: its end has not come yet."""
+        while True:
+            end = self._data.find(b"\n", self._searched)
+            line_end = len(self._data) if end < 0 else end
+            if line_end - self._start > self._limit:
+                raise RpcError(INVALID_REQUEST, f"a line has more than {self._limit} bytes")
+            self._searched = line_end + (end >= 0)
+            if end < 0:
+                return None
+            line, self._start = self._data[self._start : end], self._searched
+            if line.strip():
+                return line
 
     def feed(self, data: bytes) -> list[bytes]:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if max(map(len, (*lines, self._rest))) > self._limit:
-            raise RpcError(INVALID_REQUEST, f"a line has more than {self._limit} bytes")
-        return [line for line in lines if line.strip()]
+        """`put`, and every line that can be taken."""
+        self.put(data)
+        return list(iter(self.take, None))
+
+    def take_rest(self) -> bytes:
+        """What has come and was not taken, which is no lines."""
+        rest = self.rest
+        self._data, self._start, self._searched = b"", 0, 0
+        return rest
 
 
 def parse_call(line: bytes) -> Call:

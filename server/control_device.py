@@ -8,6 +8,8 @@ A client's reset, and its end, end the claim.
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +18,8 @@ from vfio_user.protocol.constants import MigrationState
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.protocol.json_rpc import FAILED, REFUSED, RpcError
 from vfio_user.server.control_jobs import Later, Steps
-from vfio_user.server.control_streams import StreamFd
+from vfio_user.server.control_streams import Sink, Source
 from vfio_user.server.engines.engine import Engine
-from vfio_user.transport.fds import OwnedFd
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,15 @@ ANNOUNCEMENTS = (0, 50, 200, 450, 800)
 
 @dataclass(slots=True)
 class Transfer:
-    """A save or a load under way."""
+    """A save or a load, under way or over."""
 
     method: str
     bytes: int = 0
+    error: str | None = None
+
+    def progress(self) -> dict[str, str | int]:
+        """For `state`."""
+        return {"method": self.method, "bytes": self.bytes}
 
 
 class DeviceControl:
@@ -52,6 +58,7 @@ class DeviceControl:
         self.host = engine.host
         self.migration = engine.host.migration
         self.transfer: Transfer | None = None
+        self.last_transfer: Transfer | None = None
         self._stop_wanted = False
         """A `stop` came while a state was saved or loaded."""
 
@@ -138,24 +145,38 @@ class DeviceControl:
 
     # Save
 
-    def save(self, given: OwnedFd, hold: bool) -> Steps:
-        """Write the state to `given`, which is ours now. A running device runs on while its memory is
+    @contextmanager
+    def _transferring(self, method: str) -> Iterator[Transfer]:
+        """`state` shows it, and afterwards what has become of it."""
+        self.transfer = transfer = Transfer(method)
+        try:
+            yield transfer
+        except RpcError as error:
+            transfer.error = error.message
+            raise
+        except BaseException as error:
+            cut = isinstance(error, GeneratorExit)
+            transfer.error = "the controller has left, or it was cancelled" if cut else repr(error)
+            raise
+        finally:
+            self.transfer, self.last_transfer = None, transfer
+
+    def save(self, sink: Sink, hold: bool) -> Steps:
+        """Write the state to `sink`, which is ours now. A running device runs on while its memory is
         written; at the end it is stopped for a moment, or with `hold` awaits a `stop` and stays stopped."""
-        sink = StreamFd(given, writing=True)
         try:
             self._begin("save")
             origin, self.migration.claim = (self.migration.state, self.host.running), self
-            self.transfer = transfer = Transfer("save")
-            try:
-                yield from self._write_all(sink, transfer, hold and origin[1])
-            finally:
-                self.transfer = None
-                self._end_save(*origin)
+            with self._transferring("save") as transfer:
+                try:
+                    yield from self._write_all(sink, transfer, hold and origin[1])
+                finally:
+                    self._end_save(*origin)
         finally:
             sink.close()
         return {"bytes": transfer.bytes, "running": self.host.running}
 
-    def _write_all(self, sink: StreamFd, transfer: Transfer, hold: bool) -> Steps:
+    def _write_all(self, sink: Sink, transfer: Transfer, hold: bool) -> Steps:
         migration, most = self.migration, MAX_ROUNDS * self._memory_size()
         self._go(_S.PRE_COPY if self.host.running else _S.STOP_COPY)
         session = migration.session
@@ -204,27 +225,25 @@ class DeviceControl:
 
     # Load
 
-    def load(self, given: OwnedFd) -> Steps:
-        """Read a state from `given`, which is ours now, to its end, and put it into the stopped device."""
-        source = StreamFd(given, writing=False)
+    def load(self, source: Source) -> Steps:
+        """Read a state from `source`, which is ours now, to its end, and put it into the stopped device."""
         try:
             self._begin("load")
             if self.host.running:
                 raise RpcError(REFUSED, "the device runs: stop it first")
             origin, self.migration.claim = self.migration.state, self
-            self.transfer = transfer = Transfer("load")
-            try:
-                yield from self._read_all(source, transfer)
-            except DeviceError as error:
-                raise RpcError(FAILED, error.reason) from error
-            finally:
-                self.transfer = None
-                self._end_load(origin)
+            with self._transferring("load") as transfer:
+                try:
+                    yield from self._read_all(source, transfer)
+                except DeviceError as error:
+                    raise RpcError(FAILED, error.reason) from error
+                finally:
+                    self._end_load(origin)
         finally:
             source.close()
         return {"bytes": transfer.bytes, "running": self.host.running}
 
-    def _read_all(self, source: StreamFd, transfer: Transfer) -> Steps:
+    def _read_all(self, source: Source, transfer: Transfer) -> Steps:
         self.migration.set_state(_S.RESUMING, self)
         while data := (yield from source.read()):
             if not self.claimed:

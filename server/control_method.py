@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from vfio_user.protocol.json_rpc import INVALID_PARAMS, RpcError
 from vfio_user.server.control_jobs import Steps
-from vfio_user.transport.fds import OwnedFd
 
 if TYPE_CHECKING:
     from vfio_user.server.control_methods import Control
@@ -76,10 +75,10 @@ _CHECKS: Mapping[type, Callable[[Param, Any], bool | int | bytes | None]] = {
 @dataclass(frozen=True, slots=True)
 class Method:
     """`run` gives the result, or the steps to it. With `stream` ("written", "read") a descriptor has to come
-    with the request; `run` owns it."""
+    with the request, unless `inline` is true; `run` owns what is made of it."""
 
     name: str
-    run: Callable[["Control", Arguments, OwnedFd | None], Any | Steps]
+    run: Callable[["Control", Arguments, Any], Any | Steps]
     text: str
     when: str
     params: tuple[Param, ...] = ()

@@ -12,7 +12,6 @@ from vfio_user.server.control_guest import MAX_ACCESS, GuestControl
 from vfio_user.server.control_method import Method, Param
 from vfio_user.server.dma_region import Access
 from vfio_user.server.engines.engine import Engine
-from vfio_user.transport.fds import OwnedFd
 
 SHUTDOWN_AFTER = 20_000_000  # ns, in which the answer goes out
 
@@ -34,7 +33,7 @@ class Control:
 
 def _state(control: Control) -> Any:
     engine, device, migration = control.engine, control.device.device, control.device.migration
-    transfer = control.device.transfer
+    transfer, last = control.device.transfer, control.device.last_transfer
     return {
         "model": device.model,
         "state_version": device.state_version,
@@ -47,7 +46,8 @@ def _state(control: Control) -> Any:
             "reason": migration.reason,
         },
         "blank": engine.host.blank,
-        "transfer": None if transfer is None else {"method": transfer.method, "bytes": transfer.bytes},
+        "transfer": None if transfer is None else transfer.progress(),
+        "last_transfer": None if last is None else {**last.progress(), "error": last.error},
         "bus_master": engine.host.dma.enabled,
         "unanswered_dma": engine.outstanding,
         "memory": _memory(engine),
@@ -77,13 +77,9 @@ def _shutdown(control: Control) -> Any:
     return {}
 
 
-def _owned(fd: OwnedFd | None) -> OwnedFd:
-    assert fd is not None  # checked by `stream`
-    return fd
-
-
 _WAIT = Param("wait", int, 100, "milliseconds to wait for DMA replies that the client owes", most=60_000)
 _HOLD = Param("hold", bool, False, "go on writing what changes until a `stop`, and stay stopped")
+_INLINE = Param("inline", bool, False, "over this connection, without a descriptor")
 _PAGE = Param("page_size", int, 4096, "bytes, a power of two", least=4096, power_of_two=True)
 _CLEAR = Param("clear", bool, False, "forget what is reported")
 _WHOLE = Param("whole", bool, False, "rewrite whole pages instead of one byte in each")
@@ -100,32 +96,32 @@ METHODS: Mapping[str, Method] = {
     for method in (
         Method(
             "state",
-            lambda c, a, fd: _state(c),
+            lambda c, a, stream: _state(c),
             "what device, client, migration and dirty log are at",
             "always",
         ),
         Method(
             "configuration",
-            lambda c, a, fd: describe(c.device.device, c.engine.host.irqs),
+            lambda c, a, stream: describe(c.device.device, c.engine.host.irqs),
             "the configuration space as the guest reads it, its BARs, MSI-X, MSI and INTx",
             "always",
         ),
         Method(
             "stop",
-            lambda c, a, fd: c.device.stop(a["wait"]),
+            lambda c, a, stream: c.device.stop(a["wait"]),
             "stop the device: it answers, but starts and sends nothing, and remembers what it is asked",
             "unless the client migrates it itself",
             (_WAIT,),
         ),
         Method(
             "resume",
-            lambda c, a, fd: c.device.resume(),
+            lambda c, a, stream: c.device.resume(),
             "let it go on, and fire the interrupts that are due; without a client it waits for one",
             "no save or load is under way, and the client does not migrate it itself",
         ),
         Method(
             "blank",
-            lambda c, a, fd: c.device.blank(a["on"]),
+            lambda c, a, stream: c.device.blank(a["on"]),
             "answer the client's reads of BARs with zeros and drop its writes: nothing of them reaches the "
             "model; ends with `resume`, a reset, and the client",
             "a controller has stopped the device",
@@ -133,48 +129,49 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "save",
-            lambda c, a, fd: c.device.save(_owned(fd), a["hold"]),
+            lambda c, a, stream: c.device.save(stream, a["hold"]),
             "write its state to the descriptor: memory while it runs, the rest in a short stop",
             "the model can be saved, no save or load is under way, and the client does not migrate it itself",
-            (_HOLD,),
+            (_HOLD, _INLINE),
             stream="written",
         ),
         Method(
             "load",
-            lambda c, a, fd: c.device.load(_owned(fd)),
+            lambda c, a, stream: c.device.load(stream),
             "read a state from the descriptor to its end, check it, and put it into the device",
             "as `save`, and the device is stopped, or no client uses it yet",
+            (_INLINE,),
             stream="read",
         ),
         Method(
             "cancel",
-            lambda c, a, fd: _cancel(c),
+            lambda c, a, stream: _cancel(c),
             "end the save or load under way; the device is as it was before",
             "a save or load is under way",
         ),
         Method(
             "log-start",
-            lambda c, a, fd: c.dirty.start(a["page_size"]),
+            lambda c, a, stream: c.dirty.start(a["page_size"]),
             "log the pages of guest memory that the device writes without the client's seeing it",
             "the client has not started it itself; native engine",
             (_PAGE,),
         ),
         Method(
             "log-stop",
-            lambda c, a, fd: c.dirty.stop(),
+            lambda c, a, stream: c.dirty.stop(),
             "forget the log",
             "it is not the client's; native engine",
         ),
         Method(
             "log-report",
-            lambda c, a, fd: c.dirty.report(a["clear"]),
+            lambda c, a, stream: c.dirty.report(a["clear"]),
             "the dirty pages, as ranges",
             _LOG,
             (_CLEAR,),
         ),
         Method(
             "log-hand-over",
-            lambda c, a, fd: c.dirty.hand_over(a["whole"]),
+            lambda c, a, stream: c.dirty.hand_over(a["whole"]),
             "let the client write what is in the dirty pages already, so that it knows of them; **the "
             "guest's CPUs must be stopped**",
             _LOG + "; the device is stopped",
@@ -182,38 +179,38 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "write-through",
-            lambda c, a, fd: c.dirty.write_through(a["on"]),
+            lambda c, a, stream: c.dirty.write_through(a["on"]),
             "write to mapped memory by message, so that the client knows of each write; ends with the client",
             _CLIENT,
             (_ON,),
         ),
         Method(
             "guest-read",
-            lambda c, a, fd: c.guest.read(a["address"], a["length"], a["wait"]),
+            lambda c, a, stream: c.guest.read(a["address"], a["length"], a["wait"]),
             "read a guest address by DMA message, also where no memory is",
             _CLIENT,
             (_ADDRESS, _LENGTH, _REPLY),
         ),
         Method(
             "guest-write",
-            lambda c, a, fd: c.guest.write(a["address"], a["data"], a["wait"]),
+            lambda c, a, stream: c.guest.write(a["address"], a["data"], a["wait"]),
             "write a guest address by DMA message, never through a mapping, so that the client knows",
             _CLIENT,
             (_ADDRESS, _DATA, _REPLY),
         ),
         Method(
             "announce",
-            lambda c, a, fd: c.device.announce(),
+            lambda c, a, stream: c.device.announce(),
             "tell the network where the card is now: five reverse ARP requests within 0.8 s",
             "the model is a network card, and runs",
         ),
         Method(
             "reset",
-            lambda c, a, fd: c.device.reset(),
+            lambda c, a, stream: c.device.reset(),
             "reset the device, as the client's DEVICE_RESET",
             "always",
         ),
-        Method("shutdown", lambda c, a, fd: _shutdown(c), "end the server, as SIGTERM", "always"),
+        Method("shutdown", lambda c, a, stream: _shutdown(c), "end the server, as SIGTERM", "always"),
     )
 }
 

@@ -10,6 +10,7 @@ import os
 import socket
 import stat
 from collections.abc import Generator
+from typing import Protocol
 
 from vfio_user.protocol.json_rpc import FAILED, INVALID_PARAMS, RpcError
 from vfio_user.server.control_jobs import Later, Ready
@@ -19,6 +20,26 @@ PIECE = 256 << 10
 """Most bytes of one read or write."""
 
 _SOCKET_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+
+class Sink(Protocol):
+    """Where a state is written to."""
+
+    def write(self, data: bytes) -> Generator[Later | Ready, None, None]:
+        """All of `data`. RpcError."""
+
+    def close(self) -> None:
+        """Let go of it; what was written stays."""
+
+
+class Source(Protocol):
+    """Where a state is read from."""
+
+    def read(self) -> Generator[Later | Ready, None, bytes]:
+        """The next bytes; none at the end. RpcError."""
+
+    def close(self) -> None:
+        """Let go of it."""
 
 
 class StreamFd:
@@ -104,5 +125,4 @@ class StreamFd:
 
 
 def _failed(doing: str, error: OSError) -> RpcError:
-
     return RpcError(FAILED, f"{doing} the stream failed: {error.strerror}")

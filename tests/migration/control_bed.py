@@ -30,6 +30,7 @@ class Served:
     server: NativeServer
     path: Path
     control_path: Path
+    controls: ControlServer | None = None
     ended: trio.Event = field(default_factory=trio.Event)
 
 
@@ -42,8 +43,8 @@ async def serving(
         server.install(make)
         server.listen_at(folder / name)
         served = Served(server, folder / name, folder / f"{name}.control")
-        controls = ControlServer(server, "native", served.control_path, served.ended.set)
-        stack.callback(controls.close)
+        served.controls = ControlServer(server, "native", served.control_path, served.ended.set)
+        stack.callback(served.controls.close)
         async with background() as nursery:
             nursery.start_soon(server.run)
             yield served
