@@ -15,9 +15,10 @@ import trio
 from rich.console import Console
 
 from vfio_user.cli.demo_account import Account
-from vfio_user.cli.demo_plot import PlotError, check_plot, draw
+from vfio_user.cli.demo_plot import draw
 from vfio_user.cli.demo_tables import downtime_table, rounds_table, trial_table, verified_table
 from vfio_user.cli.main import fail
+from vfio_user.cli.plots import PlotError, check_plot
 from vfio_user.client.background import background
 from vfio_user.client.drivers.e1000 import DriverError
 from vfio_user.client.drivers.e1000_traffic import TrafficError

@@ -1,54 +1,26 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The picture of the demo's migrations: dirty pages of each round, the rate of frames, the downtime.
+"""The picture of the demo's migrations: dirty pages of each round, the rate of frames, the downtime."""
 
-matplotlib draws it. It is optional (`pip install 'vfio-user[plot]'`) and imported only here.
-"""
-
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vfio_user.cli.plots import COLOURS, open_figure
 from vfio_user.client.migration.report import Downtime
 from vfio_user.client.tour_report import BUCKET, Move, TourReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-KINDS = (".png", ".svg")
 _PARTS = [part.name for part in fields(Downtime)]
-_COLOURS = ("#4477aa", "#66ccee", "#cc3311", "#ee7733", "#ccbb44", "#228833")  # told apart by everybody
 _RUNNING, _STOPPED, _STILL = "#4477aa", "#cc3311", "#f6d5cd"
 _SMOOTH = 3  # buckets in a step of the curve
 
 
-class PlotError(Exception):
-    """There will be no picture; the text says why, and what to do."""
-
-
-def check_plot(path: Path) -> None:
-    """Raise PlotError if `draw` could not write there."""
-    if path.suffix.lower() not in KINDS:
-        raise PlotError(f"--plot {path}: give a file that ends in {' or '.join(KINDS)}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise PlotError(f"--plot {path}: give a file in a folder that is there")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise PlotError(f"--plot {path}: no permission to write there")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise PlotError(f"--plot needs matplotlib ({error}): pip install 'vfio-user[plot]'") from None
-
-
 def draw(report: TourReport, path: Path) -> None:
     """Write the picture of a tour, as PNG or SVG. OSError when it cannot be written."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"svg.hashsalt": "vfio-user", "font.size": 9, "axes.titlesize": 10}):
-        figure = Figure(figsize=(10, 8), layout="constrained")
-        figure.suptitle("A network card under load, moved between two servers", fontsize=12)
+    with open_figure(path, "A network card under load, moved between two servers") as figure:
         pages, rate, parts = figure.subplots(3, 1, height_ratios=(3, 3, 2))
         _draw_rounds(pages, report.moves)
         _draw_rate(rate, report)
@@ -57,7 +29,6 @@ def draw(report: TourReport, path: Path) -> None:
             axes.set_xlim(_first_frame(report), len(report.rates) * BUCKET)
             axes.set_xlabel("seconds")
         _draw_parts(parts, report.moves)
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 
 def _first_frame(report: TourReport) -> float:
@@ -118,7 +89,7 @@ def _draw_parts(axes: "Axes", moves: Sequence[Move]) -> None:
     axes.set_title("Downtime, and its parts (the bands above include the comparison of the memories)")
     names = [f"{number + 1}: {_name(move)}" for number, move in enumerate(moves)]
     begin = [0.0] * len(moves)
-    for part, colour in zip(_PARTS, _COLOURS, strict=True):
+    for part, colour in zip(_PARTS, COLOURS, strict=True):
         widths = [getattr(move.report.downtime, part) for move in moves]
         axes.barh(names, widths, left=begin, color=colour, label=part)
         begin = [left + width for left, width in zip(begin, widths, strict=True)]

@@ -1,25 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The tables of the demo. 80 columns."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
-from rich import box
 from rich.table import Table
 
+from vfio_user.cli.tables import make_table
 from vfio_user.client.drivers.e1000_trial import Trial
 from vfio_user.client.memory import PAGE
 from vfio_user.client.migration.report import Downtime, Round
 from vfio_user.client.tour_report import Move, TourReport
-
-
-def _table(title: str, heads: Iterable[str], left: int = 1) -> Table:
-    """The first `left` columns are text."""
-    table = Table(box=box.ROUNDED, title=title, title_style="bold", title_justify="left")
-    for place, head in enumerate(heads):
-        table.add_column(head, justify="left" if place < left else "right", no_wrap=True)
-    return table
-
 
 # The driver
 
@@ -27,7 +18,7 @@ def _table(title: str, heads: Iterable[str], left: int = 1) -> Table:
 def trial_table(trials: Sequence[Trial]) -> Table:
     """A column for each run of the driver, by what was measured."""
     heads = ("", *("mapped memory" if trial.mapped else "messages only" for trial in trials))
-    table = _table("What the driver did", heads)
+    table = make_table("What the driver did", heads)
     for name, value in _TRIAL.items():
         table.add_row(name, *(value(trial) for trial in trials))
     return table
@@ -64,7 +55,7 @@ def _name(move: Move) -> tuple[str, str]:
 def rounds_table(report: TourReport) -> Table:
     """A row for each round of each move."""
     heads = ("move", "protocol", "round", "pages", "MiB", "bytes of state", "ms")
-    table = _table("Rounds: what was dirty, and was sent", heads, left=3)
+    table = make_table("Rounds: what was dirty, and was sent", heads, left=3)
     for move in report.moves:
         for one in move.report.rounds:
             name = _name(move) if one is move.report.rounds[0] else ("", "")
@@ -82,7 +73,9 @@ _PARTS = [part.name for part in fields(Downtime)]
 
 def downtime_table(report: TourReport) -> Table:
     """A row for each move: milliseconds, and what they went to."""
-    table = _table("Downtime in milliseconds, and its parts", ("move", "protocol", "all", *_PARTS), left=2)
+    table = make_table(
+        "Downtime in milliseconds, and its parts", ("move", "protocol", "all", *_PARTS), left=2
+    )
     for move in report.moves:
         downtime = move.report.downtime
         parts = (f"{getattr(downtime, name):.1f}" for name in _PARTS)
@@ -92,7 +85,7 @@ def downtime_table(report: TourReport) -> Table:
 
 def verified_table(report: TourReport) -> Table:
     """What was compared over all moves; there is no report of a tour on which something was wrong."""
-    table = _table("What was verified over all moves", ("", ""))
+    table = make_table("What was verified over all moves", ("", ""))
     table.show_header = False
     for name, value in _VERIFIED.items():
         table.add_row(name, value(report))

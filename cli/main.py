@@ -12,6 +12,7 @@ COMMANDS = {
     "list": "the device models, network backends and engines that there are",
     "serve": "serve a device model on a socket",
     "ctl": "stop, save, restore and look at a device that is served",
+    "migrate": "move a running guest with its devices between two unmodified QEMUs",
     "demo": "see it work: an e1000 driven and moved under load, and a guest where QEMU is found",
     "lab": "build QEMU, a guest and libvfio-user into the cache folder",
 }

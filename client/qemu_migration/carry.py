@@ -1,42 +1,41 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A device's state on its way from one server to the other, while the device runs and after its stop."""
+"""A device's state on its way from one server to the other, while the device runs and after its stop.
 
-import os
+It goes through this process, over connections of its own: descriptors pass through no SSH forwarding.
+"""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import trio
 
-from vfio_user.client.control import ControlClient
-from vfio_user.client.qemu_migration.together import side_by_side
+from vfio_user.client.control import ControlLost
+from vfio_user.client.control_streams import InlineSave, inline_load, open_inline_save
+from vfio_user.protocol.json_rpc import RpcError
 
 
 class Carrier:
-    """`run` ends when the destination has loaded the state; `done` is set then. Errors are those of `call`.
+    """`run` ends when the destination has loaded the state; `done` is set then. RpcError, ControlLost.
 
     The source's part ends with a `stop` of the device. Cancelled, it leaves both devices as they were.
     """
 
-    def __init__(self, source: ControlClient, destination: ControlClient) -> None:
+    def __init__(self, source: Path, destination: Path) -> None:
         self._source = source
         self._destination = destination
         self.bytes = 0
         self.done = trio.Event()
 
     async def run(self) -> None:
-        reader, writer = os.pipe()
-        async with side_by_side() as nursery:
-            nursery.start_soon(self._save, writer)
-            nursery.start_soon(self._load, reader)
+        async with open_inline_save(self._source, hold=True) as save:
+            try:
+                await inline_load(self._destination, self._counted(save))
+            except (RpcError, ControlLost):
+                await save.check()  # if it was the source's fault, this says so
+                raise
         self.done.set()
 
-    async def _save(self, fd: int) -> None:
-        try:
-            result = await self._source.call("save", fd=fd, hold=True)
-        finally:
-            os.close(fd)
-        self.bytes = int(result["bytes"])
-
-    async def _load(self, fd: int) -> None:
-        try:
-            await self._destination.call("load", fd=fd)
-        finally:
-            os.close(fd)
+    async def _counted(self, save: InlineSave) -> AsyncIterator[bytes]:
+        async for data in save:
+            self.bytes = save.bytes
+            yield data

@@ -86,19 +86,14 @@ async def _figures(move: Move) -> tuple[dict[str, int], float]:
 
 def _rounds(move: Move) -> list[Round]:
     """From what QEMU said while it copied: its counter of passes tells them apart."""
-    passes = [
-        list(looks)
-        for _, looks in itertools.groupby(move.ram, lambda look: look[1].get("dirty-sync-count", 0))
-    ]
+    looked = itertools.groupby(move.ram, lambda look: max(1, look[1].get("dirty-sync-count", 0)))
+    lasts = [list(looks)[-1] for _, looks in looked]
     rounds, at, pages, sent = [], _at(move, "migrate"), 0, 0
-    for number, looks in enumerate(passes, 1):
-        seconds, last = looks[-1]
-        total = last.get("normal", 0) + last.get("duplicate", 0)
-        end = (
-            _at(move, "completed") if number == len(passes) and "completed" in move.marks else seconds * 1000
-        )
-        rounds.append(Round(number, at, end - at, total - pages, last.get("transferred", 0) - sent))
-        at, pages, sent = end, total, last.get("transferred", 0)
+    for number, (seconds, ram) in enumerate(lasts, 1):
+        total, bytes_ = ram.get("normal", 0) + ram.get("duplicate", 0), ram.get("transferred", 0)
+        stopped = number == len(lasts) and "completed" in move.marks
+        rounds.append(Round(number, at, seconds * 1000 - at, total - pages, bytes_ - sent, stopped))
+        at, pages, sent = seconds * 1000, total, bytes_
     return rounds
 
 

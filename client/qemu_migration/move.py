@@ -32,7 +32,7 @@ class MovingDevice:
         self.wanted = wanted
         self.source = source
         self.destination = destination
-        self.carrier = Carrier(source, destination)
+        self.carrier = Carrier(wanted.source, wanted.destination)
         self.model = ""
         self.write_through = False
         self.growth = Growth()

@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from rich.console import Console
 from rich.table import Table
 
-from vfio_user.cli.demo_plot import PlotError, check_plot, draw
+from vfio_user.cli.demo_plot import draw
 from vfio_user.cli.demo_tables import downtime_table, rounds_table, verified_table
 from vfio_user.cli.main import main
+from vfio_user.cli.plots import PlotError, check_plot
 from vfio_user.client.drivers.e1000 import DriverCounters
 from vfio_user.client.drivers.e1000_traffic import BulkReport
 from vfio_user.client.migration.report import Downtime, Outcome, Report, Round

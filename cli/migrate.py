@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`vfio-user migrate`: a running guest and its vfio-user devices, from one QEMU to another."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import click
+import trio
+from rich.console import Console
+
+from vfio_user.cli.main import fail
+from vfio_user.cli.migrate_plot import draw
+from vfio_user.cli.migrate_tables import story, tables
+from vfio_user.cli.plots import PlotError, check_plot
+from vfio_user.client.background import background
+from vfio_user.client.qemu_migration.migrate import GuestMigration
+from vfio_user.client.qemu_migration.report import MoveError, Outcome, Progress, Report, Step
+from vfio_user.client.qemu_migration.request import (
+    Limits,
+    Request,
+    RequestError,
+    Writes,
+    parse_device,
+)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DEFAULTS = Limits()
+
+
+@click.command("migrate")
+@click.argument("uri")
+@click.option("--source-qmp", required=True, metavar="ADDRESS", help="QMP of the QEMU with the guest.")
+@click.option("--destination-qmp", required=True, metavar="ADDRESS", help="QMP of the QEMU that waits.")
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    required=True,
+    metavar="ID=SOURCE_CONTROL,DESTINATION_CONTROL",
+    help="A device by its id= in both QEMUs, and the control sockets of its servers. Once for each device.",
+)
+@click.option(
+    "--downtime-limit",
+    type=click.IntRange(1, 2_000_000),
+    metavar="MILLISECONDS",
+    help="QEMU stops the guest once what is left fits into this (default: as QEMU is set).",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=DEFAULTS.timeout,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up, and let the guest go on at the source, when it takes longer.",
+)
+@click.option(
+    "--writes",
+    type=click.Choice([writes.value for writes in Writes]),
+    default=Writes.AUTO.value,
+    show_default=True,
+    help="How QEMU comes to know of pages that a device writes through its mapping.",
+)
+@click.option("--report", type=click.Path(path_type=Path), help="Write what was measured, as JSON.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw it: FILE.png or FILE.svg.")
+def command(
+    uri: str,
+    source_qmp: str,
+    destination_qmp: str,
+    devices: tuple[str, ...],
+    downtime_limit: int | None,
+    timeout: float,
+    writes: str,
+    report: Path | None,
+    plot: Path | None,
+) -> None:
+    """Move a running guest with its vfio-user devices between two unmodified QEMUs.
+
+    URI is the way of QEMU's own stream, as tcp:HOST:PORT or unix:PATH. The destination's QEMU was started as
+    the source's, with -incoming defer (or -incoming URI) and -S. A QMP ADDRESS is a socket's path or
+    HOST:PORT. Until the guest runs at the destination, Ctrl-C gives it back to the source.
+
+    Ends with 0 when the guest runs at the destination, 1 when the move failed (and says where the guest is),
+    2 when nothing was touched. See docs/qemu-migration.md.
+    """
+    try:
+        request = Request(
+            source_qmp,
+            destination_qmp,
+            tuple(map(parse_device, devices)),
+            uri,
+            Limits(downtime=downtime_limit, timeout=timeout),
+            Writes(writes),
+        )
+        _check_files(report, plot)
+    except (RequestError, PlotError) as error:
+        fail(str(error))
+    sys.exit(trio.run(_main, request, report, plot))
+
+
+def _check_files(report: Path | None, plot: Path | None) -> None:
+    """RequestError, PlotError: what is to be written at the end could not be."""
+    if plot is not None:
+        check_plot(plot)
+    if report is not None:
+        folder = report.absolute().parent
+        if report.is_dir() or not folder.is_dir():
+            raise RequestError(f"--report {report}: give a file in a folder that is there")
+        if not os.access(report if report.exists() else folder, os.W_OK):
+            raise RequestError(f"--report {report}: no permission to write there")
+
+
+async def _main(request: Request, report_path: Path | None, plot: Path | None) -> int:
+    console = Console()
+    with Display(console) as display:
+        migration = GuestMigration(request, display.tell)
+        try:
+            async with _signals_cancel(migration, console):
+                report = await migration.run()
+        except MoveError as error:  # before anything was touched
+            fail(str(error))
+    _show(console, report)
+    _write(console, report, report_path, plot)
+    return 0 if report.outcome is Outcome.COMPLETED else 1
+
+
+@contextlib.asynccontextmanager
+async def _signals_cancel(migration: GuestMigration, console: Console) -> AsyncIterator[None]:
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+
+        async def watch() -> None:
+            async for _ in signals:
+                console.print("interrupted: the guest is given back to the source, if it still can be")
+                migration.cancel()
+
+        async with background() as nursery:
+            nursery.start_soon(watch)
+            yield
+
+
+class Display:
+    """A line for each step; on a terminal a line below that moves."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status = console.status("")
+        self._step: Step | None = None
+
+    def __enter__(self) -> "Display":
+        if self._console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def tell(self, progress: Progress) -> None:
+        """While the guest stands still nothing is drawn: that would be downtime."""
+        if progress.step is not self._step:
+            self._step = progress.step
+            if progress.step in _QUIET:
+                return
+            self._console.print(f"{progress.seconds:8.2f} s  {progress.step.value}", highlight=False)
+        if progress.step is Step.PRECOPY:
+            self._status.update(story(progress))
+
+
+_QUIET = frozenset({Step.STOP, Step.HAND_OVER, Step.LAST_PASS, Step.RESTORE, Step.START})
+
+
+def _show(console: Console, report: Report) -> None:
+    if report.downtime.total:
+        for table in tables(report):
+            console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False)
+    if report.failure is not None:
+        console.print(f"the migration was {_ENDED[report.outcome]} {report.failure}", highlight=False)
+    console.print(f"source: {report.source}", highlight=False)
+    console.print(f"destination: {report.destination}", highlight=False)
+    if report.guest == "nowhere":
+        console.print("the guest is lost: its QEMU ended before the destination had all of it")
+
+
+_ENDED = {Outcome.FAILED: "given up", Outcome.CANCELLED: "cancelled", Outcome.COMPLETED: "completed"}
+
+
+def _write(console: Console, report: Report, path: Path | None, plot: Path | None) -> None:
+    """What cannot be written any more changes nothing of the move."""
+    try:
+        if path is not None:
+            path.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        if plot is not None:
+            draw(report, plot)
+    except OSError as error:
+        console.print(f"not written: {error}", highlight=False)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The picture of a guest's move: what was left, what the devices wrote, and the downtime's parts."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vfio_user.cli.migrate_tables import MIB, PARTS
+from vfio_user.cli.plots import COLOURS, open_figure
+from vfio_user.client.qemu_migration.report import Report, Step
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def draw(report: Report, path: Path) -> None:
+    """Write it, as PNG or SVG. OSError when it cannot be written."""
+    with open_figure(path, f"A guest moved between two QEMUs: {report.outcome.value}") as figure:
+        memory, devices, parts = figure.subplots(3, 1, height_ratios=(3, 3, 2))
+        _draw_memory(memory, report)
+        _draw_devices(devices, report)
+        for axes in (memory, devices):
+            axes.set_xlim(0, report.seconds)
+            axes.set_ylim(0)
+            axes.set_xlabel("seconds")
+            axes.legend(loc="upper right", fontsize=8)
+        _draw_parts(parts, report)
+
+
+def _draw_memory(axes: "Axes", report: Report) -> None:
+    looks = [one for one in report.samples if one.step is Step.PRECOPY and one.total]
+    axes.set_title("Guest memory")
+    axes.set_ylabel("MiB")
+    for name, colour in (("left", COLOURS[0]), ("sent", COLOURS[5])):
+        values = [getattr(one, name) / MIB for one in looks]
+        axes.plot([one.seconds for one in looks], values, color=colour, label=name, marker=".")
+    for one in report.rounds:
+        axes.axvline(one.at / 1000, color="#bbbbbb", linewidth=0.8, zorder=0)
+
+
+def _draw_devices(axes: "Axes", report: Report) -> None:
+    looks = [one for one in report.samples if one.step is Step.PRECOPY]
+    axes.set_title("Devices: pages that only their servers know of, and the states that have come over")
+    seconds = [one.seconds for one in looks]
+    axes.step(seconds, [one.device_pages for one in looks], color=COLOURS[2], label="pages in the logs")
+    axes.plot(seconds, [one.state / 1024 for one in looks], color=COLOURS[1], label="KiB of state")
+
+
+def _draw_parts(axes: "Axes", report: Report) -> None:
+    axes.set_title("Downtime")
+    begin = 0.0
+    for part, colour in zip(PARTS, COLOURS, strict=False):
+        width = getattr(report.downtime, part)
+        axes.barh(["downtime"], [width], left=[begin], color=colour, label=part.replace("_", " "))
+        begin += width
+    axes.annotate(f" {begin:.0f} ms", (begin, 0), va="center", fontsize=8)
+    axes.set_xlim(0, max(begin, 1) * 1.12)
+    axes.set_xlabel("milliseconds")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=len(PARTS), fontsize=8)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The tables of `vfio-user migrate`. 80 columns."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from rich.table import Table
+
+from vfio_user.cli.tables import make_table
+from vfio_user.client.qemu_migration.report import DeviceReport, Downtime, Progress, Report
+
+MIB = 1 << 20
+PARTS = [part.name for part in fields(Downtime)]
+
+
+def story(progress: Progress) -> str:
+    """One line while memory is copied."""
+    how = "writes through" if progress.write_through else f"{progress.device_pages:,} pages in the log"
+    left = f"{progress.left / MIB:.0f} of {progress.total / MIB:.0f} MiB left"
+    return f"pass {progress.passes}: {left}, {progress.sent / MIB:.0f} MiB sent; device: {how}"
+
+
+def tables(report: Report) -> Iterator[Table]:
+    yield rounds_table(report)
+    yield devices_table(report)
+    yield downtime_table(report)
+
+
+def rounds_table(report: Report) -> Table:
+    """QEMU's passes; what only the servers knew of; the states."""
+    table = make_table("What was moved", ("", "pages", "MiB", "ms"))
+    for one in report.rounds:
+        name = f"pass {one.number}, guest stopped" if one.stopped else f"pass {one.number}"
+        table.add_row(name, f"{one.pages:,}", f"{one.bytes / MIB:.1f}", f"{one.ms:.0f}")
+    sent = report.ram.get("transferred", 0)
+    table.add_section()
+    table.add_row("guest memory in all", f"{report.pages:,}", f"{sent / MIB:.1f}", "")
+    table.add_row("handed over by the devices", f"{report.device_pages:,}", "", "")
+    table.add_row("states of the devices", "", f"{report.state_bytes / MIB:.2f}", "")
+    return table
+
+
+def devices_table(report: Report) -> Table:
+    """A row for each device; its four times ran side by side."""
+    heads = ("device", "writes", "pages", "state KiB", "stop", "log", "state", "intx", "view")
+    table = make_table("Devices while the guest stood still, milliseconds", heads, left=2)
+    for device in report.devices:
+        table.add_row(device.id, *_device(device))
+    return table
+
+
+def _device(device: DeviceReport) -> tuple[str, ...]:
+    how = "through" if device.write_through else "handed over"
+    pages = device.pages_by_message if device.write_through else device.pages_handed_over
+    times = (device.stop_ms, device.log_ms, device.state_ms, device.intx_ms, device.view_ms)
+    return how, f"{pages:,}", f"{device.state_bytes / 1024:.1f}", *(f"{ms:.1f}" for ms in times)
+
+
+def downtime_table(report: Report) -> Table:
+    """Milliseconds, and what they went to."""
+    table = make_table("Downtime in milliseconds, and its parts", ("all", *PARTS, "by QEMU's count"), left=0)
+    downtime = report.downtime
+    values = (downtime.total, *(getattr(downtime, part) for part in PARTS), report.qemu_downtime)
+    table.add_row(*(f"{value:.1f}" for value in values))
+    return table
