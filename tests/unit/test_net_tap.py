@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,19 @@ def setup(route: IPRoute, poller: Poller, name: str = "tap0") -> Nic:
     route.addr("add", index=index, address="fd09::1", prefixlen=64, flags=IFA_F_NODAD)
     for guest in ("10.9.0.15", "fd09::15"):
         route.neigh("add", ifindex=index, dst=guest, lladdr=GUEST, state="permanent")
+    wait_for_local_route(name)
     return nic
+
+
+def wait_for_local_route(name: str) -> None:
+    """Of a new IPv6 address: a worker of the kernel adds it in its own time; frames before it are dropped."""
+    address, deadline = ip_address("fd09::1").packed.hex(), time.monotonic() + 5
+    while not any(
+        line.startswith(f"{address} 80 ") and line.endswith(f" {name}")
+        for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines()
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 LINK = Ether(dst=HOST, src=GUEST)
