@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,37 +115,59 @@ def command(
     Prints "listening on PATH" when a client can connect. Clients may come and go; the device keeps its
     state. SIGTERM and SIGINT end it with exit status 0, and the socket file is removed.
     """
+    _start_log(verbose)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end_early)
+    settings = Settings(
+        spin_us=spin,
+        cpu_latency_us=cpu_latency,
+        trust_client_memory=trust_client_memory,
+        max_dma_maps=_most_dma_maps(max_dma_maps),
+    )
+    if (socket_path is None) == (fd is None):
+        fail("give either --socket-path PATH or --fd N")
+    order = _Order(model, net, assignments, engine, socket_path, fd, control)
+    shut_down = _ShutDown()
+    with ExitStack() as stack:
+        try:
+            server = _open(order, settings, shut_down, stack)
+        except (OptionError, BackendError, LibraryError, VfioUserError, OSError) as error:
+            fail(str(error))
+        trio.run(_serve, server, socket_path or f"descriptor {fd}", stats, shut_down)
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What to serve, and where: the words of the command line."""
+
+    model: str
+    net: str | None
+    assignments: tuple[str, ...]
+    engine: str
+    socket_path: Path | None
+    fd: int | None
+    control: Path | None
+
+
+def _open(order: _Order, settings: Settings, shut_down: "_ShutDown", stack: ExitStack) -> Engine[Any]:
+    """A server that listens, with its device; everything that was made is on the stack."""
+    server = stack.enter_context(ENGINES[order.engine](settings))
+    server.install(_maker(server, order, stack))
+    if order.socket_path is not None:
+        server.listen_at(order.socket_path)
+    elif order.fd is not None:
+        server.adopt_fd(order.fd)
+    if order.control is not None:
+        stack.callback(ControlServer(server, order.engine, order.control, shut_down).close)
+    return server
+
+
+def _start_log(verbose: int) -> None:
     logging.basicConfig(
         level=LEVELS[min(verbose, 2)], format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     for handler in logging.getLogger().handlers:
         handler.addFilter(LogLimit())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end_early)
-    files = _allow_many_files()
-    max_dma_maps = min(max_dma_maps, files - min(OTHER_FILES, files // 2))
-    if (socket_path is None) == (fd is None):
-        fail("give either --socket-path PATH or --fd N")
-    settings = Settings(
-        spin_us=spin,
-        cpu_latency_us=cpu_latency,
-        trust_client_memory=trust_client_memory,
-        max_dma_maps=max_dma_maps,
-    )
-    with ExitStack() as stack:
-        try:
-            server = stack.enter_context(ENGINES[engine](settings))
-            server.install(_maker(server, model, net, assignments, stack))
-            if socket_path is not None:
-                server.listen_at(socket_path)
-            elif fd is not None:
-                server.adopt_fd(fd)
-            shut_down = _ShutDown()
-            if control is not None:
-                stack.callback(ControlServer(server, engine, control, shut_down).close)
-        except (OptionError, BackendError, LibraryError, VfioUserError, OSError) as error:
-            fail(str(error))
-        trio.run(_serve, server, socket_path or f"descriptor {fd}", stats, shut_down)
 
 
 def _end_early(_number: int, _frame: object) -> None:
@@ -159,20 +182,24 @@ def _allow_many_files() -> int:
     return most
 
 
-def _maker(
-    server: Engine[Any], name: str, net: str | None, assignments: tuple[str, ...], stack: ExitStack
-) -> Callable[[Host], Device]:
-    if ":" in name:
+def _most_dma_maps(wanted: int) -> int:
+    """As many as are wanted, or as the limit of open files leaves."""
+    files = _allow_many_files()
+    return min(wanted, files - min(OTHER_FILES, files // 2))
+
+
+def _maker(server: Engine[Any], order: _Order, stack: ExitStack) -> Callable[[Host], Device]:
+    if ":" in order.model:
         sys.path.append(str(Path.cwd()))  # for the user's own module: a console script does not look there
-    model = load_model(name)
-    options = parse_options(model, assignments)
+    model = load_model(order.model)
+    options = parse_options(model, order.assignments)
     backend: NetBackend | None = None
     if issubclass(model, NetDevice):
-        opened = open_backend(net or DEFAULT_NET, server.poller, server.call_later)
+        opened = open_backend(order.net or DEFAULT_NET, server.poller, server.call_later)
         stack.callback(opened.close)
         backend = opened
-    elif net is not None:
-        raise OptionError(f"{name} is no network device: leave --net away")
+    elif order.net is not None:
+        raise OptionError(f"{order.model} is no network device: leave --net away")
     return lambda host: make_device(model, host, backend, options)
 
 
