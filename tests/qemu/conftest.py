@@ -31,6 +31,19 @@ from vfio_user.client.server_process import ServerProcess, serving
 GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]
 Serve = Callable[..., AbstractAsyncContextManager[ServerProcess]]
 _NUMBERS = itertools.count()
+COMBINATIONS = (
+    ("q35", True, "native"),
+    ("q35", False, "native"),
+    ("i440fx", True, "native"),
+    ("i440fx", False, "native"),
+    ("q35", True, "libvfio-user"),
+)
+"""Chipset, whether guest memory is mapped, engine."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("combinations"):
+        metafunc.parametrize(("chipset", "mapped", "engine"), COMBINATIONS)
 
 
 def _in_ci() -> bool:

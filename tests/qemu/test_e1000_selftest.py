@@ -26,16 +26,7 @@ Serve = Callable[..., AbstractAsyncContextManager[ServerProcess]]
 pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(180)]
 
 
-@pytest.mark.parametrize(
-    ("chipset", "mapped", "engine"),
-    [
-        ("q35", True, "native"),
-        ("q35", False, "native"),
-        ("i440fx", True, "native"),
-        ("i440fx", False, "native"),
-        ("q35", True, "libvfio-user"),
-    ],
-)
+@pytest.mark.combinations
 async def test_all_five_pass(
     guest_machine: GuestMachine,
     serve: Serve,

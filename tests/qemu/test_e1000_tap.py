@@ -23,16 +23,7 @@ FCS = 4
 pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(1200)]
 
 
-@pytest.mark.parametrize(
-    ("chipset", "mapped", "engine"),
-    [
-        ("q35", True, "native"),
-        ("q35", False, "native"),
-        ("i440fx", True, "native"),
-        ("i440fx", False, "native"),
-        ("q35", True, "libvfio-user"),
-    ],
-)
+@pytest.mark.combinations
 async def test_traffic(
     guest_machine: GuestMachine,
     serve: Serve,
