@@ -338,8 +338,8 @@ async def test_a_server_that_goes_away(tmp_path: Path) -> None:
 async def test_nothing_leaks(tmp_path: Path) -> None:
     async with opened(tmp_path, make_large) as (served, controller, _):
         await controller.call("stop")
-        data = await inline_save(served.control_path)
         before = len(os.listdir("/proc/self/fd"))
+        data = await inline_save(served.control_path)
         for _ in range(5):
             await inline_save(served.control_path)
             await inline_load(served.control_path, pieces(data))
