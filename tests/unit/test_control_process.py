@@ -92,7 +92,12 @@ async def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
         assert "save takes --to FILE" in await complaint(control, "save")
         assert "neither --to nor --from" in await complaint(control, "stop", "--to", file)
         assert "load takes --from FILE" in await complaint(control, "load", "--to", file)
-        assert "No such file" in await complaint(control, "load", "--from", file)
+        assert "No such file or directory: give a file" in await complaint(control, "load", "--from", file)
+        missing = tmp_path / "no" / "f"
+        for words in ((), ("inline=true",)):
+            told = await complaint(control, "save", "--to", missing, *words)
+            assert f"{missing} cannot be written: No such file or directory: make its folder first" in told
+        assert "power of two from 4096" in await complaint(control, "log-start", "page_size=100")
         assert "No space left" in await complaint(control, "save", "--to", "/dev/full")
         assert "ends after 0 bytes" in await complaint(control, "load", "--from", "/dev/null")
         assert "no network card" in await complaint(control, "announce")
@@ -117,6 +122,51 @@ async def test_a_file_that_was_not_written_to_its_end_does_not_stay(tmp_path: Pa
         assert "save" in await complaint(control, "save", "--to", file)
         assert not file.exists()
         assert (await result(control, "state"))["migration"]["state"] == "RUNNING"
+        await server.stop()
+
+
+async def test_a_state_goes_over_the_connection(tmp_path: Path) -> None:
+    """As where the socket is reached over SSH. Through a pipe as standard input and output, too."""
+    control, file = tmp_path / "c", tmp_path / "f"
+    async with serving(
+        "scratch", tmp_path / "s", ["--set", "memory=64K", "--control", str(control)]
+    ) as server:
+        async with open_vmm(server.path, SMALL_RAM) as vmm:
+            await vmm.write(2, 0x4000, 0xBEEF)
+            saved = await result(control, "save", "--to", file, "inline=true")
+            assert saved == {"bytes": file.stat().st_size, "running": True}
+            await vmm.write(2, 0x4000, 1)
+            await result(control, "stop")
+            loaded = await result(control, "load", "--from", file, "inline=true")
+            assert loaded == {"bytes": saved["bytes"], "running": False}
+            assert await vmm.read(2, 0x4000) == 0xBEEF
+            words = (*PROGRAM, "ctl", str(control), "save", "--to", "-", "--json")
+            done = await trio.run_process(words, capture_stdout=True, capture_stderr=True)
+            assert json.loads(done.stderr) == {"bytes": len(done.stdout), "running": False}
+            await vmm.write(2, 0x4000, 2)
+            words = (*PROGRAM, "ctl", str(control), "load", "--from", "-", "--json")
+            done = await trio.run_process(words, stdin=done.stdout, capture_stdout=True)
+            assert not json.loads(done.stdout)["running"]
+            assert await vmm.read(2, 0x4000) == 0xBEEF
+            file.write_bytes(file.read_bytes()[:-1])
+            assert "ends after" in await complaint(control, "load", "--from", file, "inline=true")
+            await result(control, "resume")
+            assert "No space left" in await complaint(control, "save", "--to", "/dev/full", "inline=true")
+        await server.stop()
+
+
+async def test_numbers_and_bytes_of_ctl(tmp_path: Path) -> None:
+    control = tmp_path / "c"
+    async with serving("scratch", tmp_path / "s", ["--control", str(control)]) as server:
+        async with open_vmm(server.path, SMALL_RAM) as vmm:
+            assert await result(control, "guest-write", "address=0x1000", "data=11223344") == {"bytes": 4}
+            assert vmm.ram.read(0x1000, 4) == bytes.fromhex("11223344")
+            shown = (await ctl(control, "guest-read", "address=4096", "length=0x4")).output
+            assert shown == "data 11223344\n"
+            told = (await ctl(control, "configuration")).output.splitlines()
+            assert told[0].startswith("space 34127a5c")
+            assert "bars.0.index 0" in told
+            assert "intx.unanswered no" in told
         await server.stop()
 
 
