@@ -129,6 +129,8 @@ class Switch:
         self._nursery = nursery
         self._active: Port | None = None
         self._held: list[bytes] = []
+        self._repeated = 0
+        """Of the frames to the newest port, those that were sent to the one before too."""
 
     async def open_port(self, path: str | os.PathLike[str]) -> Port:
         """Listen at `path`. The first port is where the device is."""
@@ -157,18 +159,34 @@ class Switch:
         else:
             self._active.send(frame)
 
-    async def move(self, old: Port, new: Port, *, sent: int, taken: int) -> None:
+    async def move(self, old: Port, new: Port, *, sent: int, taken: int, keep: bool = False) -> None:
         """The device is stopped at `old`, where its server has sent and the device taken so many frames.
 
-        Returns when all that it had sent has come; then the network knows it at `new`.
+        Returns when all that it had sent has come; then the network knows it at `new`. `keep`: the old cable
+        stays plugged in, so that `move_back` is possible; the caller closes the port.
         """
         self._active = None
         await old.wait_received(sent)
-        for frame in (*old.on_the_way(taken), *self._held):
+        again = old.on_the_way(taken)
+        for frame in (*again, *self._held):
             new.send(frame)
         self._held.clear()
+        self._repeated = len(again)
         self._active = new
-        old.close()
+        if not keep:
+            old.close()
+
+    def move_back(self, old: Port, new: Port) -> None:
+        """A move that kept `old`, done or cut short, has come to nothing: the device goes on there, and has
+        never run at `new`. What is still on its way to it there comes; what was meant for it since, too."""
+        if self._active is new:
+            late = new.on_the_way(self._repeated)
+        else:
+            late, self._held = self._held, []
+        self._active = old
+        for frame in late:
+            old.send(frame)
+        new.close()
 
 
 @contextlib.asynccontextmanager

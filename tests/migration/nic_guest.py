@@ -6,10 +6,28 @@ from dataclasses import dataclass
 
 from migration.moving import Make, Server, Yard
 from vfio_user.client.attachment import Attachment
+from vfio_user.client.drivers.e1000_traffic import Traffic
 from vfio_user.client.switch import Port, Switch
 from vfio_user.device_models.catalog import load_model, make_device
 from vfio_user.server.engines.native import NativeServer
 from vfio_user.server.net.factory import open_backend
+
+
+@dataclass
+class Load:
+    """Datagrams under way all the time, until `going` is False."""
+
+    traffic: Traffic
+    going: bool = True
+    done: int = 0
+    ended: bool = False
+
+    async def run(self) -> None:
+        await self.traffic.flow(lambda _: self.going, window=48, batch=8, progress=self._progress)
+        self.ended = True
+
+    def _progress(self, done: int) -> None:
+        self.done = done
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,8 @@ def newer_model(pieces: list[bytes], chance: random.Random) -> list[bytes]:
 
 
 def other_model(pieces: list[bytes], chance: random.Random) -> list[bytes]:
-    return [pieces[0].replace(b"scratch", b"scrotch", 1), *pieces[1:]]
+    """The first letter of its name is another one: the name is behind the header of 15 bytes."""
+    return [_with_byte(pieces[0], 15, ord("x")), *pieces[1:]]
 
 
 def _with_byte(piece: bytes, place: int, value: int) -> bytes:

@@ -6,14 +6,14 @@ has taken. So a frame that is lost, or comes twice, or is changed, ends the test
 """
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
 from migration.moving import MEMORY, MOVES, WAYS, open_yard, seeded, wait_until
-from migration.nic_guest import Stand, open_stand, rewire
+from migration.nic_guest import Load, Stand, open_stand, rewire
 from vfio_user.client.drivers.e1000 import E1000
 from vfio_user.client.drivers.e1000_traffic import Traffic
 from vfio_user.client.fake_vmm import VmmOptions
@@ -22,23 +22,6 @@ from vfio_user.client.migration.migrate import Options, migrate
 from vfio_user.client.migration.report import Limits
 from vfio_user.client.switch import Switch, open_switch
 from vfio_user.device_models.echo import Responder
-
-
-@dataclass
-class Load:
-    """Datagrams under way all the time, until `going` is False."""
-
-    traffic: Traffic
-    going: bool = True
-    done: int = 0
-    ended: bool = False
-
-    async def run(self) -> None:
-        await self.traffic.flow(lambda _: self.going, window=48, batch=8, progress=self._progress)
-        self.ended = True
-
-    def _progress(self, done: int) -> None:
-        self.done = done
 
 
 @pytest.mark.timeout(0)

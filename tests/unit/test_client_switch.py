@@ -92,3 +92,33 @@ async def test_frames_that_never_come_are_waited_for(switch: Switch, tmp_path: P
             await switch.move(old, new, sent=1, taken=0)
     first.close()
     second.close()
+
+
+async def test_a_move_that_comes_to_nothing(switch: Switch, tmp_path: Path) -> None:
+    """The old cable still carries what was sent to it; what came for the new place follows, once."""
+    old, first = await plug(switch, tmp_path / "a")
+    first.send(b"one", b"two")
+    assert await first.receive() == b"eno"
+    new, second = await plug(switch, tmp_path / "b")
+    await switch.move(old, new, sent=2, taken=1, keep=True)
+    switch.send(b"meanwhile")
+    assert [await second.receive() for _ in range(2)] == [b"owt", b"meanwhile"]
+    switch.move_back(old, new)
+    first.send(b"three")
+    assert [await first.receive() for _ in range(3)] == [b"owt", b"meanwhile", b"eerht"]
+    first.close()
+    second.close()
+
+
+async def test_a_move_that_is_cut_short(switch: Switch, tmp_path: Path) -> None:
+    old, first = await plug(switch, tmp_path / "a")
+    new, second = await plug(switch, tmp_path / "b")
+    with trio.move_on_after(0.01) as scope:
+        await switch.move(old, new, sent=1, taken=0, keep=True)
+    assert scope.cancelled_caught
+    switch.send(b"held")
+    switch.move_back(old, new)
+    first.send(b"one")
+    assert [await first.receive() for _ in range(2)] == [b"held", b"eno"]
+    first.close()
+    second.close()
