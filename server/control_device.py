@@ -87,25 +87,26 @@ class DeviceControl:
     def stop(self, wait_ms: int) -> Steps:
         """Stop the device. Replies that the client owes are waited for, as long as `wait_ms`."""
         self._require_free()
-        if self.host.running:
-            yield from self._drain(time.monotonic_ns() + wait_ms * MILLISECOND)
-        self._require_free()
-        self.migration.claim = self
-        self._stop_wanted = self.transfer is not None
-        wanted = _S.STOP_COPY if self.migration.saving else _S.STOP
-        if not self.migration.resuming and self.migration.state is not wanted:
-            self._go(wanted)
+        try:
+            if self.host.running:
+                yield from self._drain(time.monotonic_ns() + wait_ms * MILLISECOND)
+            self._require_free()
+            self.migration.claim = self
+            self._stop_wanted = self.transfer is not None
+            wanted = _S.STOP_COPY if self.migration.saving else _S.STOP
+            if not self.migration.resuming and self.migration.state is not wanted:
+                self._go(wanted)
+        finally:
+            if self.host.running:  # it was cut, or refused
+                self.host.gate.open()
         return {"running": self.host.running, "unanswered_dma": self.engine.outstanding}
 
     def _drain(self, deadline: int) -> Steps:
+        """The gate stays closed: the last look at the replies, before the stop, would let tasks send more."""
         self.host.gate.close()
         self.host.dma.take_no_short_way()
-        try:
-            while self.engine.outstanding and time.monotonic_ns() < deadline:
-                yield Later(MILLISECOND // 4)
-        finally:
-            if self.host.running:
-                self.host.gate.open()
+        while self.engine.outstanding and time.monotonic_ns() < deadline:
+            yield Later(MILLISECOND // 4)
 
     def resume(self) -> Any:
         """Let a device that a controller has stopped go on; harmless when it runs."""

@@ -21,6 +21,9 @@ from migration.control_bed import (
 )
 from vfio_user.client.background import background
 from vfio_user.client.control import ControlClient, open_control
+from vfio_user.client.fake_vmm import VmmOptions
+from vfio_user.device_models.device import pause
+from vfio_user.device_models.scratch import Scratch
 from vfio_user.protocol import json_rpc
 from vfio_user.protocol.json_rpc import RpcError
 
@@ -195,3 +198,27 @@ async def test_a_reset_while_a_state_is_loaded(tmp_path: Path) -> None:
         os.close(writer)
         assert not (await second.call("stop"))["running"]
         assert (await second.call("state"))["migration"]["state"] == "STOP"
+
+
+class Restless(Scratch):
+    """Writes to guest memory again and again."""
+
+    async def scribble(self) -> None:
+        while True:
+            await self.host.dma.write(0x1000, b"x" * 64)
+            await pause()
+
+
+async def test_a_stop_waits_for_replies_and_nothing_is_sent_after_it(tmp_path: Path) -> None:
+    options = VmmOptions(((0, 1 << 20),), shared=False)  # every write is a message
+    async with opened(tmp_path, Restless, options=options) as (served, controller, _):
+        device = served.server.device
+        assert isinstance(device, Restless)
+        device.host.start("scribble", device.scribble)
+        written = 0
+        for _ in range(20):
+            await until(controller, lambda state: state["counters"]["dma_message_writes"] > written)  # noqa: B023
+            stopped = await controller.call("stop", wait=5000)
+            assert stopped == {"running": False, "unanswered_dma": 0}
+            written = (await controller.call("state"))["counters"]["dma_message_writes"]
+            await controller.call("resume")
