@@ -35,7 +35,7 @@ def scribble_options(program: Path, **options: object) -> MachineOptions:
 
 async def begin_scribbling(guest: Machine, rate: int) -> list[int]:
     """The device writes `rate` MB/s, and a process beside it; the addresses of the buffer's huge pages."""
-    await guest.check("mkdir -p /huge && { mountpoint -q /huge || mount -t hugetlbfs none /huge; }")
+    await guest.check("[ -e /huge ] || { mkdir /huge && mount -t hugetlbfs none /huge; }")
     await guest.check("basename $(dirname $(grep -l 0x5c81 /sys/bus/pci/devices/*/device)) > /tmp/scribbler")
     await guest.check(f"echo 1 > {_RESOURCE}/enable && setpci -s $(cat /tmp/scribbler) COMMAND=6")
     return [int(line, 16) for line in (await guest.check(f"scribble begin {_RESOURCE} {rate}")).split()]

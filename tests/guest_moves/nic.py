@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import trio
 
 from vfio_user.client.background import background
-from vfio_user.client.control import open_control
+from vfio_user.client.control import ControlClient, open_control
 from vfio_user.client.qemu.machine import Machine
 from vfio_user.client.qemu.moving import Model, Moving
 from vfio_user.client.qemu.namespace import Namespace
@@ -56,23 +56,32 @@ async def transferring(moving: Moving, namespace: Namespace, host: str = HOST) -
 async def intx_held(moving: Moving) -> AsyncIterator[None]:
     """Inside the block the guest does not serve the NIC's interrupt: the pin goes high and stays so.
 
-    The guest needs two CPUs and `threadirqs`: the interrupt's thread waits behind a busy one that goes first.
+    The guest needs hold.c, two CPUs, `threadirqs`, and `isolcpus=1` for what shall go on: the interrupt's
+    thread waits behind a busy one that goes first.
     """
     guest = moving.guest
     await guest.check("echo -1 > /proc/sys/kernel/sched_rt_runtime_us")
     await guest.check(
         "echo 2 > /proc/irq/$(grep eth0 /proc/interrupts | cut -d : -f 1 | tr -d ' ')/smp_affinity"
     )
-    spin = f"end=$(($(date +%s) + 30)); while [ -e {HOLD} ] && [ $(date +%s) -lt $end ]; do :; done"
-    await guest.check(f"touch {HOLD}; taskset 2 chrt -f 99 sh -c '{spin}' >/dev/null 2>&1 </dev/null &")
+    async with open_control(moving.here.controls[NIC.id]) as control:
+        with trio.fail_after(60):
+            while not await _hold(guest, control):
+                await guest.check(f"rm -f {HOLD}")
     try:
-        async with open_control(moving.here.controls[NIC.id]) as control:
-            with trio.fail_after(15):
-                while not (await control.call("configuration"))["intx"]["level"]:  # noqa: ASYNC110
-                    await trio.sleep(0.01)
         yield
     finally:
         await moving.guest.check(f"rm -f {HOLD}", 60)
+
+
+async def _hold(guest: Machine, control: ControlClient) -> bool:
+    """Whether the pin is high. It is not if the driver was at work, with its interrupts off."""
+    await guest.check(f"hold 1 {HOLD}")
+    with trio.move_on_after(0.3):
+        while not (await control.call("configuration"))["intx"]["level"]:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+        return True
+    return False
 
 
 def complaints(log: str) -> list[str]:

@@ -171,9 +171,19 @@ def guest_machine(lab: Lab) -> GuestMachine:
 @pytest.fixture(scope="session")
 def scribble(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The guest's program of tests/guest_moves/scribble.c."""
+    return _guest_program("scribble", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def hold(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The guest's program of tests/guest_moves/hold.c."""
+    return _guest_program("hold", tmp_path_factory)
+
+
+def _guest_program(name: str, factory: pytest.TempPathFactory) -> Path:
     if not can_compile():
         missing("there is no gcc: make lab, or apt-get install gcc libc6-dev")
-    return compiled("scribble", tmp_path_factory.mktemp("programs"))
+    return compiled(name, factory.mktemp("programs"))
 
 
 TESTS = str(Path(__file__).parents[1])

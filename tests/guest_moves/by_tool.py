@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Moves of a `Moving` guest by `vfio_user.client.qemu_migration`."""
+
+from collections.abc import Callable
+
+import trio
+
+from vfio_user.client.qemu.moving import Moving, Side
+from vfio_user.client.qemu_migration.migrate import GuestMigration
+from vfio_user.client.qemu_migration.report import Outcome, Progress, Report
+from vfio_user.client.qemu_migration.request import DeviceRequest, Limits, Request, Writes
+
+Tell = Callable[[Progress], None]
+
+
+def request(
+    moving: Moving, destination: Side, writes: Writes = Writes.AUTO, limits: Limits | None = None
+) -> Request:
+    """All devices of the guest; QEMU's stream over a UNIX socket of the destination."""
+    source = moving.here
+    return Request(
+        str(source.qmp),
+        str(destination.qmp),
+        tuple(DeviceRequest(id, source.controls[id], destination.controls[id]) for id in source.controls),
+        f"unix:{destination.folder / 'stream'}",
+        limits or Limits(),
+        writes,
+    )
+
+
+async def move(moving: Moving, writes: Writes = Writes.AUTO, tell: Tell = lambda progress: None) -> Report:
+    """To the other place; the guest must arrive."""
+    destination = await moving.prepare()
+    with trio.fail_after(60):
+        report = await GuestMigration(request(moving, destination, writes), tell).run()
+    assert report.outcome is Outcome.COMPLETED, str(report.failure)
+    assert report.notes == ()
+    await moving.moved(destination)
+    return report

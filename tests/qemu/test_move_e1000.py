@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A guest with our e1000 is moved to and fro under checked TCP both ways and pings: it hardly notices."""
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from guest_moves.by_tool import move
+from guest_moves.counts import MOVES, SOAK
+from guest_moves.nic import GUEST, HOST, NIC, check_self_test, complaints, intx_held, transferring
+from guest_moves.pinger import INTERVAL, Pinger, pinging
+from vfio_user.client.qemu.command import Chipset, MachineOptions
+from vfio_user.client.qemu.lab import Lab
+from vfio_user.client.qemu.moving import Moving, one_host, open_moving
+from vfio_user.client.qemu.namespace import Namespace
+from vfio_user.client.qemu.traffic import GUEST_FILES, bring_up
+from vfio_user.client.qemu_migration.report import Step
+from vfio_user.client.qemu_migration.request import Writes
+
+pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(900)]
+
+ON_THE_WAY = 3
+"""Echoes that may be in a ring, or in the air, at the stop."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    chipset: Chipset
+    mapped: bool
+    root_port: bool
+    writes: Writes
+
+
+SHAPES = {
+    "q35": Shape("q35", True, False, Writes.HAND_OVER),
+    "root-port": Shape("q35", True, True, Writes.WRITE_THROUGH),
+    "i440fx": Shape("i440fx", False, False, Writes.AUTO),
+}
+
+
+def shapes(*quick: str) -> pytest.MarkDecorator:
+    """All of them in the soak test; each is in one of the tests of `make test`."""
+    names = list(SHAPES) if SOAK else quick
+    return pytest.mark.parametrize("shape", [SHAPES[name] for name in names], ids=names)
+
+
+def open_guest(
+    lab: Lab, namespace: Namespace, shape: Shape, **options: Any
+) -> AbstractAsyncContextManager[Moving]:
+    machine = MachineOptions(
+        shape.chipset,
+        shape.mapped,
+        memory_mib=192,
+        **options,
+    )
+    places = one_host(namespace, f"{HOST}/24")
+    return open_moving(lab, machine, [replace(NIC, root_port=shape.root_port)], places)
+
+
+@shapes("q35", "i440fx")
+async def test_to_and_fro(lab: Lab, namespace: Namespace, shape: Shape) -> None:
+    async with open_guest(lab, namespace, shape, files=GUEST_FILES) as moving:
+        await bring_up(moving.guest, f"{GUEST}/24")
+        await moving.guest.check("dmesg -c")
+        async with pinging(namespace, GUEST) as pinger:
+            async with transferring(moving, namespace) as transfers:
+                for _ in range(MOVES):
+                    await moved_without_loss(moving, pinger, shape.writes)
+            assert min(transfers.rounds) > MOVES
+        assert complaints(await moving.guest.kernel_log()) == []
+        await check_self_test(moving.guest)
+
+
+async def moved_without_loss(moving: Moving, pinger: Pinger, writes: Writes) -> None:
+    begun, marks = trio.current_time(), dict[Step, float]()
+    report = await move(moving, writes, lambda progress: marks.update({progress.step: trio.current_time()}))
+    ended = await pinger.next_answer()
+    await pinger.next_answer()
+    # Until it has announced itself, the bridge sends its frames to the source.
+    lost, down = pinger.lost(begun, ended), marks[Step.DONE] - marks[Step.STOP]
+    assert lost <= down / INTERVAL + ON_THE_WAY
+
+
+@shapes("root-port")
+async def test_with_intx_held_high(lab: Lab, namespace: Namespace, shape: Shape, hold: Path) -> None:
+    files: Mapping[str, bytes | Path] = {**GUEST_FILES, "usr/bin/hold": hold}
+    words = "threadirqs isolcpus=1"
+    async with open_guest(lab, namespace, shape, cpus=2, kernel_words=words, files=files) as moving:
+        await bring_up(moving.guest, f"{GUEST}/24")
+        await moving.guest.check("dmesg -c")
+        async with pinging(namespace, GUEST) as pinger:
+            async with transferring(moving, namespace) as transfers:
+                for _ in range(MOVES):
+                    async with intx_held(moving):
+                        report = await move(moving, shape.writes)
+                        assert report.devices[0].intx_lowered
+                    await pinger.next_answer()
+            assert min(transfers.rounds) > MOVES
+        assert complaints(await moving.guest.kernel_log()) == []
