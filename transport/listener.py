@@ -3,6 +3,7 @@
 
 import errno
 import os
+import secrets
 import socket
 import stat
 from pathlib import Path
@@ -57,14 +58,10 @@ class Listener:
     def bind(cls, path: Path) -> "Listener":
         """Listen at `path`; a socket file that nobody serves any more is replaced."""
         clear_path(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.bind(os.fspath(path))
-            sock.listen(BACKLOG)
+            return cls(_listen_unseen(path) or _listen(path), path)
         except OSError as error:
-            sock.close()
             raise ListenError.at(path, error) from error
-        return cls(sock, path)
 
     @classmethod
     def adopt(cls, fd: int) -> "Listener | socket.socket":
@@ -98,6 +95,45 @@ class Listener:
         self.socket.close()
         if self._file is not None:
             self._file.remove()
+
+
+def _listen(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(os.fspath(path))
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _listen_unseen(path: Path) -> socket.socket | None:
+    """Listen under another name, and only then give the socket its own: who sees the file can connect.
+
+    A link, for it replaces nothing. The kernel goes on showing the other name (ss -x). None: the path is too
+    long for that, or the file system has no links.
+    """
+    other = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    if len(os.fsencode(other)) > SUN_PATH_SIZE:
+        return None
+    try:
+        sock = _listen(other)
+        return sock if _link(other, path, sock) else None
+    finally:
+        other.unlink(missing_ok=True)
+
+
+def _link(other: Path, path: Path, sock: socket.socket) -> bool:
+    """Whether the socket has its name; else it is closed. OSError (EADDRINUSE): another one has the name."""
+    try:
+        os.link(other, path)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EEXIST:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from error
+        return False
+    return True
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

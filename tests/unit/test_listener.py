@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The socket that clients connect to; what `serve` says of bad ones is in tests/conformance."""
 
+import errno
 import os
 import socket
 from contextlib import closing
@@ -41,6 +42,65 @@ def test_a_stale_socket_is_replaced_and_a_served_one_is_not(tmp_path: Path) -> N
         with pytest.raises(ListenError, match="another process"):
             Listener.bind(path)
     Listener.bind(path).close()
+
+
+def test_who_sees_the_file_can_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is not there before somebody listens, and nothing else is left in the folder."""
+    path = tmp_path / "s"
+    seen: list[bool] = []
+    listen = socket.socket.listen
+
+    def note(sock: socket.socket, backlog: int) -> None:
+        seen.append(path.exists())
+        listen(sock, backlog)
+
+    monkeypatch.setattr(socket.socket, "listen", note)
+    with closing(Listener.bind(path)), socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.fspath(path))
+        assert os.listdir(tmp_path) == ["s"]
+    assert seen == [False]
+    assert os.listdir(tmp_path) == []
+
+
+def test_whoever_was_faster_keeps_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "s"
+    listen = socket.socket.listen
+    with socket.socket(socket.AF_UNIX) as other:
+
+        def be_overtaken(sock: socket.socket, backlog: int) -> None:
+            listen(sock, backlog)
+            other.bind(os.fspath(path))
+            listen(other, backlog)
+
+        monkeypatch.setattr(socket.socket, "listen", be_overtaken)
+        with pytest.raises(ListenError, match="another process was faster"):
+            Listener.bind(path)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(os.fspath(path))
+        assert os.listdir(tmp_path) == ["s"]
+
+
+@pytest.mark.parametrize("length", [107, 100, 96])
+def test_a_path_as_long_as_they_may_be(tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("p" * length)
+    with closing(Listener.bind(path)), socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.fspath(path))
+        assert os.listdir(".") == ["p" * length]
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAT, for one, which a test cannot mount everywhere."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "s"
+    with closing(Listener.bind(path)), socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.fspath(path))
+        assert os.listdir(tmp_path) == ["s"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_question_whether_it_is_served_disturbs_no_server(tmp_path: Path) -> None:
