@@ -78,7 +78,7 @@ async def test_to_and_fro(lab: Lab, namespace: Namespace, shape: Shape) -> None:
 
 async def moved_without_loss(moving: Moving, pinger: Pinger, writes: Writes) -> None:
     begun, marks = trio.current_time(), dict[Step, float]()
-    report = await move(moving, writes, lambda progress: marks.update({progress.step: trio.current_time()}))
+    await move(moving, writes, lambda progress: marks.update({progress.step: trio.current_time()}))
     ended = await pinger.next_answer()
     await pinger.next_answer()
     # Until it has announced itself, the bridge sends its frames to the source.
