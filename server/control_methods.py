@@ -153,7 +153,7 @@ METHODS: Mapping[str, Method] = {
             "log-start",
             lambda c, a, stream: c.dirty.start(a["page_size"]),
             "log the pages of guest memory that the device writes without the client's seeing it",
-            "the client has not started it itself; native engine",
+            "the client has not started it itself, and none with another page size runs; native engine",
             (_PAGE,),
         ),
         Method(
