@@ -348,3 +348,38 @@ async def test_nothing_leaks(tmp_path: Path) -> None:
             async with raw(served.control_path) as stream:
                 await stream.send_all(SAVE)
         await until(controller, lambda _: len(os.listdir("/proc/self/fd")) == before)
+
+
+@pytest.mark.parametrize("line", [SAVE, LOAD + b"nonsense"])
+async def test_answers_that_wait_go_first(tmp_path: Path, line: bytes) -> None:
+    """A controller that reads nothing for a while loses nothing: not the answers before, nor the last one."""
+    state = b'{"jsonrpc":"2.0","id":1,"method":"configuration"}\n'
+    async with opened(tmp_path) as (served, controller, _):
+        async with raw(served.control_path) as stream:
+            asked = 0
+            while not await _pending(served):
+                await stream.send_all(state * 100)
+                asked += 100
+            await stream.send_all(line)
+            if line.startswith(LOAD):
+                await stream.send_eof()
+            await trio.sleep(0.02)
+            data = await everything(stream)
+        lines = data.split(b"\n", asked + 1)
+        assert all(b'"space"' in answer for answer in lines[:asked])
+        last = json.loads(lines[asked])
+        assert last["id"] == 7
+        if line is SAVE:
+            assert last["result"] == {"stream": True}
+            transfer = (await controller.call("state"))["last_transfer"]
+            assert transfer == {"method": "save", "bytes": len(lines[asked + 1]), "error": None}
+        else:
+            assert last["error"]["code"] in (json_rpc.REFUSED, json_rpc.FAILED)
+            assert lines[asked + 1] == b""
+
+
+async def _pending(served: Served) -> bool:
+    """Whether the kernel takes no more answers for a controller that does not read."""
+    await trio.sleep(0.01)
+    assert served.controls is not None
+    return any(held._channel.pending for held in served.controls._controllers)
