@@ -29,6 +29,8 @@ class PciDevice(Device):
     """
 
     identity: ClassVar[pci.Identity]
+    config_size: ClassVar[int] = 256
+    """Bytes of configuration space: 4096 for a device with an extended part (PCI Express)."""
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class PciDevice(Device):
         all_bars, table_bar = dict(bars), self._free_bar(bars)
         if table is not None:
             all_bars[table_bar] = pci.Bar(table)
-        self.config = pci.ConfigSpace(self.identity, all_bars, interrupt_pin=int(intx))
+        self.config = pci.ConfigSpace(self.identity, all_bars, interrupt_pin=int(intx), size=self.config_size)
         for capability in capabilities:
             self.config.add_capability(capability)
         if msi_vectors:

@@ -8,9 +8,14 @@ destination.
 
 The MSI-X table is inside QEMU. It is read by the monitor, and written by the device itself: QEMU carries out
 a server's DMA message wherever it goes, to the table as well.
+
+One thing nobody can read: a vector that was in use, is masked, and is fired after that has its pending bit
+inside QEMU, where the guest's own look at the PBA does not find it either. `View.masked` names the vectors
+this may concern.
 """
 
 import contextlib
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +28,7 @@ from vfio_user.client.qemu_migration.capabilities import (
     COMMAND_BUS_MASTER,
     COMMAND_MEMORY,
     MSIX_ENABLE,
+    MSIX_MASK_ALL,
     CannotRestore,
     Chipset,
     Configuration,
@@ -57,6 +63,15 @@ class View:
     regions: Mapping[int, int]
     table: bytes | None
     address_register: int
+
+    @property
+    def masked(self) -> tuple[int, ...]:
+        """The vectors of enabled MSI-X that have an address and are masked, by themselves or all at once."""
+        control = self.configuration.control(CAP_MSIX)
+        if self.table is None or not control & MSIX_ENABLE:
+            return ()
+        entries = enumerate(struct.iter_unpack("<QII", self.table))
+        return tuple(n for n, (to, _, mask) in entries if to and (mask & 1 or control & MSIX_MASK_ALL))
 
 
 async def ask_chipset(qmp: Qmp) -> Chipset:

@@ -6,11 +6,11 @@ Only the view is tested here: no device writes memory while the guest moves.
 
 import contextlib
 import os
-import re
 import struct
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +19,10 @@ from vfio_user.client.control import ControlClient, open_control
 from vfio_user.client.qemu.command import Chipset, MachineOptions
 from vfio_user.client.qemu.lab import Lab
 from vfio_user.client.qemu.machine import Machine
-from vfio_user.client.qemu.moving import Model, Moving, Side, one_host, open_moving
+from vfio_user.client.qemu.moving import Model, Moving, one_host, open_moving
 from vfio_user.client.qemu.namespace import Namespace
 from vfio_user.client.qemu_migration.qmp import Qmp, open_qmp
-from vfio_user.client.qemu_migration.view import View, ask_chipset, check, restore, snapshot
+from vfio_user.client.qemu_migration.view import CannotRestore, View, ask_chipset, check, restore, snapshot
 
 pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(120)]
 
@@ -33,39 +33,11 @@ GUEST = MachineOptions(memory_mib=192, kernel_words="mem=128M nodrivers")
 VECTORS, FIRE, MARK, NOTE = 16, 0x0, 0x8, 0x4
 PENDING, SILENT = 3, 4
 """A vector that is masked and was fired, and one that is masked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    chipset: Chipset
-    root_port: bool = False
-    addr: str = ""
-    extra: tuple[str, ...] = ()
-    model: str = "Vectors"
-    writes: tuple[str, ...] = field(default=())
-    """More of what the guest writes to the configuration space (setpci)."""
-
-    def options(self) -> MachineOptions:
-        return replace(GUEST, chipset=self.chipset, extra=self.extra)
-
-    def device(self) -> Model:
-        environment = os.environ | {"PYTHONPATH": HERE}
-        return Model(
-            f"models_msix:{self.model}",
-            "dev",
-            root_port=self.root_port,
-            addr=self.addr,
-            environment=environment,
-        )
-
-
 FUNCTION_0 = ("-device", "virtio-rng-pci,bus=pcie.0,addr=4.0,multifunction=on")
-CASES = {
-    "q35": Case("q35"),
-    "i440fx": Case("i440fx"),
-    "root port": Case("q35", root_port=True),
-    "second function": Case("q35", addr="4.1", extra=FUNCTION_0),
-}
+
+
+def model(name: str = "Vectors", **place: Any) -> Model:
+    return Model(f"models_msix:{name}", "dev", environment=os.environ | {"PYTHONPATH": HERE}, **place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +55,10 @@ class Guest:
     async def write(self, *pairs: tuple[int, int]) -> None:
         await self.machine.check(" && ".join(f"devmem {place:#x} 32 {value:#x}" for place, value in pairs))
 
+    async def configure(self, *words: str) -> None:
+        """Writes to the configuration space, in setpci's words."""
+        await self.machine.check(f"setpci -s {self.place} {' '.join(words)}")
+
     async def space(self) -> str:
         return await self.machine.check(f"lspci -xxxx -s {self.place}")
 
@@ -96,50 +72,53 @@ class Guest:
         return int(await self.machine.check(read), 16)
 
     async def fired(self, *vectors: int) -> dict[int, int]:
-        """Fires vectors; what came of them."""
+        """Fires vectors; what came of them in the guest's memory, which is forgotten."""
         await self.write(*((self.bars[0] + FIRE, vector) for vector in vectors))
-        values = await self.words(*(NOBODYS + 4 * vector for vector in vectors))
+        places = [NOBODYS + 4 * vector for vector in vectors]
+        values = await self.words(*places)
+        await self.write(*((place, 0) for place in places))
         return dict(zip(vectors, values, strict=True))
 
-    async def forget(self) -> None:
-        await self.write(*((NOBODYS + 4 * vector, 0) for vector in range(VECTORS)))
+    def table(self, vector: int) -> int:
+        return self.bars[3] + 16 * vector
 
 
-async def find(machine: Machine) -> Guest:
-    path = await machine.check("dirname $(grep -l 0x5c7b /sys/bus/pci/devices/*/device)")
-    place = path.strip().rpartition("/")[2]
-    rows = (await machine.check(f"cat {path.strip()}/resource")).splitlines()[:6]
-    return Guest(machine, place, tuple(int(row.split()[0], 16) for row in rows))
-
-
-async def set_up(machine: Machine, command: int = 7) -> Guest:
-    """The guest's side: device on, marks in its registers, 16 vectors that write to memory."""
-    guest = await find(machine)
-    await machine.check(f"echo 1 > /sys/bus/pci/devices/{guest.place}/enable")
-    await machine.check(f"setpci -s {guest.place} COMMAND=7 CACHE_LINE_SIZE=10 INTERRUPT_LINE=5a")
-    table = guest.bars[3]
-    for vector in range(VECTORS):
-        entry = struct.pack("<QII", NOBODYS + 4 * vector, 0x1000 + vector, vector in (PENDING, SILENT))
-        words = struct.unpack("<4I", entry)
-        await guest.write(*((table + 16 * vector + 4 * n, word) for n, word in enumerate(words)))
-    await machine.check(f"setpci -s {guest.place} CAP_MSIX+2.w=8000")
+async def set_up(machine: Machine) -> Guest:
+    """The guest's side: device on, marks in its registers."""
+    path = (await machine.check("dirname $(grep -l 0x5c7b /sys/bus/pci/devices/*/device)")).strip()
+    rows = (await machine.check(f"echo 1 > {path}/enable; cat {path}/resource")).splitlines()[:6]
+    guest = Guest(machine, path.rpartition("/")[2], tuple(int(row.split()[0], 16) for row in rows))
+    await guest.configure("COMMAND=7", "CACHE_LINE_SIZE=10", "INTERRUPT_LINE=5a")
     await guest.write((guest.bars[0] + MARK, 0xCAFE))
     assert await guest.note(0xBEEF) == 0xBEEF
-    assert await guest.fired(0, PENDING, VECTORS - 1) == {0: 0x1000, PENDING: 0, VECTORS - 1: 0x100F}
-    await guest.forget()
-    await machine.check(f"setpci -s {guest.place} COMMAND={command}")
     return guest
 
 
-async def require_working(guest: Guest) -> None:
-    """All that `set_up` has left is there, and works."""
+async def use_vectors(guest: Guest) -> None:
+    """MSI-X with all vectors, one of them pending."""
+    entries = (
+        struct.pack("<QII", NOBODYS + 4 * vector, 0x1000 + vector, vector in (PENDING, SILENT))
+        for vector in range(VECTORS)
+    )
+    words = struct.unpack(f"<{4 * VECTORS}I", b"".join(entries))
+    await guest.configure("CAP_MSIX+2.w=0")
+    await guest.write(*((guest.table(0) + 4 * number, word) for number, word in enumerate(words)))
+    await guest.configure("CAP_MSIX+2.w=8000")
+    assert await guest.fired(0, PENDING, VECTORS - 1) == {0: 0x1000, PENDING: 0, VECTORS - 1: 0x100F}
+
+
+async def require_marks(guest: Guest) -> None:
     assert await guest.words(guest.bars[0] + MARK) == [0xCAFE]
     assert await guest.note() == 0xBEEF
+
+
+async def require_vectors(guest: Guest) -> None:
+    """All that `use_vectors` has left is there, and works."""
     assert await guest.fired(0, 1, SILENT, VECTORS - 1) == {0: 0x1000, 1: 0x1001, SILENT: 0, 15: 0x100F}
-    table = guest.bars[3]
-    assert await guest.words(table + 16 * PENDING + 12) == [1]
-    await guest.write((table + 16 * PENDING + 12, 0))
+    assert await guest.words(guest.table(PENDING) + 12) == [1]
+    await guest.write((guest.table(PENDING) + 12, 0))
     assert await guest.words(NOBODYS + 4 * PENDING) == [0x1000 + PENDING]
+    await guest.write((NOBODYS + 4 * PENDING, 0))
 
 
 async def carry(source: ControlClient, destination: ControlClient, path: Path) -> None:
@@ -160,18 +139,20 @@ class Move:
 
 
 @contextlib.asynccontextmanager
-async def moved(moving: Moving, id: str = "dev") -> AsyncIterator[Move]:
+async def moved(moving: Moving) -> AsyncIterator[Move]:
     """In the block QEMU has moved the guest and the device's state is at the destination; after it the guest
     goes on there."""
     source, destination = moving.here, await moving.prepare()
     async with (
-        open_control(source.controls[id]) as here,
-        open_control(destination.controls[id]) as there,
+        open_control(source.controls["dev"]) as here,
+        open_control(destination.controls["dev"]) as there,
     ):
         async with held_before_switchover(source, destination) as (qmp, _):
             await here.call("stop")
             assert check(await here.call("configuration"), await ask_chipset(qmp)) == []
-            view = await snapshot(qmp, here, id)
+            before = await here.call("configuration")
+            view = await snapshot(qmp, here, "dev")
+            assert await here.call("configuration") == before
             await carry(here, there, source.folder / "state")
         async with open_qmp(str(destination.qmp)) as qmp:
             yield Move(qmp, there, view)
@@ -180,36 +161,120 @@ async def moved(moving: Moving, id: str = "dev") -> AsyncIterator[Move]:
     await moving.moved(destination)
 
 
+async def move(moving: Moving) -> None:
+    async with moved(moving) as done:
+        await restore(done.qmp, done.control, "dev", done.view)
+
+
 @contextlib.asynccontextmanager
-async def guest_with(lab: Lab, namespace: Namespace, case: Case) -> AsyncIterator[Moving]:
-    async with open_moving(lab, case.options(), [case.device()], one_host(namespace)) as moving:
-        yield moving
+async def guest_with(
+    lab: Lab, namespace: Namespace, device: Model, **options: Any
+) -> AsyncIterator[tuple[Moving, Guest]]:
+    places = one_host(namespace)
+    async with open_moving(lab, replace(GUEST, **options), [device], places) as moving:
+        yield moving, await set_up(moving.guest)
 
 
-def ports_of(side: Side) -> str:
-    return side.machine.qemu_log()
-
-
-@pytest.mark.parametrize("name", CASES)
-async def test_the_device_goes_on(lab: Lab, namespace: Namespace, name: str) -> None:
-    async with guest_with(lab, namespace, CASES[name]) as moving:
-        guest = await set_up(moving.guest)
+async def test_without_it_the_device_is_dead_and_with_it_goes_on(lab: Lab, namespace: Namespace) -> None:
+    async with guest_with(lab, namespace, model()) as (moving, guest):
+        await use_vectors(guest)
         before = await guest.space()
-        assert re.search(r"^10: ", before, re.MULTILINE)
-        async with moved(moving) as move:
-            await restore(move.qmp, move.control, "dev", move.view)
-        guest = replace(guest, machine=moving.guest)
-        assert await guest.space() == before
-        await require_working(guest)
-
-
-async def test_without_it_the_device_is_dead(lab: Lab, namespace: Namespace) -> None:
-    async with guest_with(lab, namespace, CASES["q35"]) as moving:
-        guest = await set_up(moving.guest)
-        before = await guest.space()
-        async with moved(moving):
-            pass
+        async with moved(moving) as done:
+            view = done.view
         guest = replace(guest, machine=moving.guest)
         assert await guest.space() != before
-        with pytest.raises(AssertionError):
-            await require_working(guest)
+        for require in (require_marks, require_vectors):
+            with pytest.raises(AssertionError):
+                await require(guest)
+        side = moving.here
+        async with open_qmp(str(side.qmp)) as qmp, open_control(side.controls["dev"]) as control:
+            await qmp.execute("stop")
+            assert view.masked == (PENDING, SILENT)
+            await restore(qmp, control, "dev", view)
+            await qmp.execute("cont")
+        assert await guest.space() == before
+        await require_marks(guest)
+        await require_vectors(guest)
+
+
+async def test_a_device_that_is_not_there(lab: Lab, namespace: Namespace) -> None:
+    async with guest_with(lab, namespace, model()) as (moving, _):
+        side = moving.here
+        async with open_qmp(str(side.qmp)) as qmp, open_control(side.controls["dev"]) as control:
+            await qmp.execute("stop")
+            view = await snapshot(qmp, control, "dev")
+            assert view.masked == ()
+            for id in ("other", ""):
+                with pytest.raises(CannotRestore, match="no PCI device with the id"):
+                    await snapshot(qmp, control, id)
+            elsewhere = replace(view, regions={**view.regions, 0: 0x1000})
+            with pytest.raises(CannotRestore, match="BAR 0 was mapped at 0x1000, and is at"):
+                await restore(qmp, control, "dev", elsewhere)
+
+
+async def test_i440fx_and_a_device_without_bus_master_or_memory(lab: Lab, namespace: Namespace) -> None:
+    """The table comes back also when the guest has taken memory and bus master from the device."""
+    async with guest_with(lab, namespace, model(), chipset="i440fx") as (moving, guest):
+        for command in (7, 3, 0):
+            await use_vectors(guest)
+            await guest.configure(f"COMMAND={command:x}")
+            before = await guest.space()
+            await move(moving)
+            guest = replace(guest, machine=moving.guest)
+            assert await guest.space() == before
+            await guest.configure("COMMAND=7")
+            await require_marks(guest)
+            await require_vectors(guest)
+
+
+async def test_behind_a_root_port_with_an_extended_space(lab: Lab, namespace: Namespace) -> None:
+    async with guest_with(lab, namespace, model("Express", root_port=True)) as (moving, guest):
+        await use_vectors(guest)
+        await guest.configure("108.l=12345678", "CAP_EXP+8.w=0a5f")
+        before = await guest.space()
+        assert "\n100: 0b 00 01 00 01 00 00 01 78 56 34 12" in before
+        await move(moving)
+        guest = replace(guest, machine=moving.guest)
+        assert await guest.space() == before
+        await require_marks(guest)
+        await require_vectors(guest)
+
+
+async def test_a_second_function_with_msi_and_then_asleep(lab: Lab, namespace: Namespace) -> None:
+    async with guest_with(lab, namespace, model(addr="4.1"), extra=FUNCTION_0) as (moving, guest):
+        await guest.configure(f"CAP_MSI+4.l={NOBODYS:x}", "CAP_MSI+c.w=1230", "CAP_MSI+2.w=21")
+        before = await guest.space()
+        await move(moving)
+        guest = replace(guest, machine=moving.guest)
+        assert await guest.space() == before
+        await require_marks(guest)
+        await guest.write((guest.bars[0] + FIRE, 2))
+        assert await guest.words(NOBODYS) == [0x1232]
+        await guest.configure("CAP_PM+4.w=3")
+        asleep, mark = await guest.space(), await guest.words(guest.bars[0] + MARK)
+        assert mark != [0xCAFE]
+        await move(moving)
+        guest = replace(guest, machine=moving.guest)
+        assert await guest.space() == asleep
+        assert await guest.words(guest.bars[0] + MARK) == mark
+        await guest.configure("CAP_PM+4.w=0")
+        await require_marks(guest)
+
+
+E1000 = Model("e1000", "dev", ["--net", "echo"])
+REGISTERS = (
+    "lspci -xxx -d 8086:100e; ethtool -d eth0 | grep -E '^0x0....: (CTRL|STATUS|RCTL|RDLEN|TCTL|TDLEN)'"
+)
+
+
+@pytest.mark.parametrize("chipset", ["q35", "i440fx"])
+async def test_a_card_with_its_driver(lab: Lab, namespace: Namespace, chipset: Chipset) -> None:
+    options = MachineOptions(chipset, memory_mib=128)
+    async with open_moving(lab, options, [E1000], one_host(namespace)) as moving:
+        await moving.guest.check("ip address add 10.0.2.15/24 dev eth0; ip link set eth0 up")
+        await moving.guest.check("ping -c 2 -i 0.2 -W 5 10.0.2.2", timeout=60)
+        before = await moving.guest.check(REGISTERS)
+        await move(moving)
+        assert await moving.guest.check(REGISTERS) == before
+        await moving.guest.check("ping -c 2 -i 0.2 -W 5 10.0.2.2", timeout=60)
+        assert "Reset" not in await moving.guest.kernel_log()
