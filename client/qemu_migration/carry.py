@@ -25,13 +25,15 @@ class Carrier:
         self._destination = destination
         self.bytes = 0
         self.done = trio.Event()
+        self._all_read = False
 
     async def run(self) -> None:
         async with open_inline_save(self._source, hold=True) as save:
             try:
                 await inline_load(self._destination, self._counted(save))
             except (RpcError, ControlLost):
-                await save.check()  # if it was the source's fault, this says so
+                if self._all_read:
+                    await save.check()  # if it was the source's fault, this says so
                 raise
         self.done.set()
 
@@ -39,3 +41,4 @@ class Carrier:
         async for data in save:
             self.bytes = save.bytes
             yield data
+        self._all_read = True

@@ -9,6 +9,7 @@ a BAR tells QEMU that the interrupt was served; it lowers the pin, and sends UNM
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vfio_user.client.qemu_migration.monitor import read_memory_line, read_port_line
 from vfio_user.client.qemu_migration.move import MovingDevice
 from vfio_user.client.qemu_migration.qmp import Qmp
 from vfio_user.client.qemu_migration.report import MoveError, Where
@@ -25,7 +26,7 @@ async def lower_intx(device: MovingDevice, qmp: Qmp) -> bool:
     configuration = await device.source.call("configuration")
     if not configuration["intx"]["unanswered"]:
         return False
-    line = f"{reading(configuration)}"
+    line = reading(configuration)
     await device.source.call("blank", on=True)
     for _ in range(MOST_READS):
         await qmp.hmp(line)
@@ -43,7 +44,7 @@ def reading(configuration: Mapping[str, Any]) -> str:
             continue
         for offset in _open_offsets(bar, configuration["msix"]):
             address = bar["address"] + offset
-            return f"i /w {address:#x}" if bar["io"] else f"xp /1xw {address:#x}"
+            return read_port_line(address, 4) if bar["io"] else read_memory_line(address, 4)
     raise MoveError("the interrupt cannot be lowered: the guest has switched all BARs off", Where.SOURCE)
 
 

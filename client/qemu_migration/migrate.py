@@ -60,8 +60,17 @@ class GuestMigration:
         try:
             return await self._move(move)
         except BaseException as error:
-            await shielded(self._give_up(move, self._trail.failure(error)))
+            await shielded(self._abandon(move, self._trail.failure(error)))
             raise
+
+    async def _abandon(self, move: Move, failure: Failure) -> None:
+        """Cancelled from outside, or a fault of our own: nobody will see the report."""
+        if move.started:
+            return
+        if move.continued and not self._trail.has(Step.RESTORE):
+            await self._unclear(move, failure)
+        else:
+            await self._give_up(move, failure)
 
     async def _move(self, move: Move) -> Report:
         failure = await self._guarded(self._until_handed_over, move)

@@ -75,7 +75,7 @@ class Move:
     source: QemuSide
     destination: QemuSide
     devices: tuple[MovingDevice, ...]
-    _stack: contextlib.AsyncExitStack
+    _nursery: trio.Nursery
     facts: Facts | None = None
     settings: list[Settings] = field(default_factory=list)
     was_running: bool = True
@@ -104,8 +104,7 @@ class Move:
 
     async def reconnect(self, side: QemuSide) -> None:
         """A new connection to a monitor that was lost. QmpLost."""
-        side.qmp = await self._stack.enter_async_context(open_qmp(side.qmp.address))
-        await _follow(self._stack, side)
+        await self._nursery.start(_keep, side, side.qmp.address)
 
     async def _one(self, work: Callable[[MovingDevice], Awaitable[None]], device: MovingDevice) -> None:
         await work(device)
@@ -114,27 +113,31 @@ class Move:
 @contextlib.asynccontextmanager
 async def open_move(request: Request, trail: Trail) -> AsyncIterator[Move]:
     """Connections to everybody. MoveError: somebody cannot be reached; nothing has been touched."""
-    async with contextlib.AsyncExitStack() as stack:
-        source = await _open_side(stack, request.source_qmp, Where.SOURCE)
-        destination = await _open_side(stack, request.destination_qmp, Where.DESTINATION)
+    async with background() as nursery, contextlib.AsyncExitStack() as stack:
+        source = await _open_side(nursery, request.source_qmp, Where.SOURCE)
+        destination = await _open_side(nursery, request.destination_qmp, Where.DESTINATION)
         devices = [await _open_device(stack, device) for device in request.devices]
-        yield Move(request, trail, source, destination, tuple(devices), stack)
+        yield Move(request, trail, source, destination, tuple(devices), nursery)
 
 
-async def _open_side(stack: contextlib.AsyncExitStack, address: str, where: Where) -> QemuSide:
+async def _open_side(nursery: trio.Nursery, address: str, where: Where) -> QemuSide:
+    side = QemuSide(where)
     try:
-        qmp = await stack.enter_async_context(open_qmp(address))
+        await nursery.start(_keep, side, address)
     except QmpLost as error:
         raise MoveError(f"the {where.value}'s QEMU: {error}", where) from error
-    side = QemuSide(qmp, where)
-    await _follow(stack, side)
     return side
 
 
-async def _follow(stack: contextlib.AsyncExitStack, side: QemuSide) -> None:
-    events = stack.enter_context(side.qmp.listen(*EVENTS))
-    nursery = await stack.enter_async_context(background())
-    nursery.start_soon(side.follow, events)
+async def _keep(
+    side: QemuSide, address: str, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """A connection's life, in a task of its own: a new one may be made inside any time-out."""
+    async with open_qmp(address) as qmp:
+        with qmp.listen(*EVENTS) as events:
+            side.qmp = qmp
+            task_status.started()
+            await side.follow(events)
 
 
 async def _open_device(stack: contextlib.AsyncExitStack, wanted: DeviceRequest) -> MovingDevice:

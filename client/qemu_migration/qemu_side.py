@@ -27,8 +27,9 @@ class Heard:
 class QemuSide:
     """`follow` has to run beside whoever uses the rest."""
 
-    def __init__(self, qmp: Qmp, where: Where) -> None:
-        self.qmp = qmp
+    qmp: Qmp
+
+    def __init__(self, where: Where) -> None:
         self.where = where
         self.status = "none"
         """Of its migration."""

@@ -4,16 +4,11 @@
 import contextlib
 from enum import Enum
 
-import trio
-
 from vfio_user.client.qemu_migration.move import Move
 from vfio_user.client.qemu_migration.qemu_side import ENDED, QemuSide
 from vfio_user.client.qemu_migration.qmp import QmpLost
 from vfio_user.client.qemu_migration.trail import TROUBLE, reason
 from vfio_user.client.qemu_migration.way_back import AGAIN, cancel_qemu
-
-RECONNECT = 5.0
-"""Seconds in which a monitor that was lost may come back."""
 
 
 class Guest(Enum):
@@ -42,8 +37,7 @@ async def _reached(move: Move, side: QemuSide) -> bool:
     """Whether its monitor answers, after a new connection if need be."""
     try:
         if side.lost():
-            with trio.move_on_after(RECONNECT):
-                await move.reconnect(side)
+            await move.reconnect(side)
         await side.query()
     except QmpLost:
         return False

@@ -8,7 +8,7 @@ from vfio_user.client.qemu_migration.request import Writes
 
 BUDGET_MS = 10.0
 """Downtime that the hand-over of all devices may take; half of what a move may cost beside QEMU's own."""
-PAGE_MS = 0.02
+PAGE_MS = 0.06
 """A page's hand-over, and its way to the other side once more."""
 LOOKS = 4
 LOOK_SECONDS = 0.1

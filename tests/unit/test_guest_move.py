@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A guest's move step by step, and each way in which it can go wrong: real servers, real control sockets, and
+QEMUs without a guest that speak QMP (tests/qemu has real ones)."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from guest_moves.fake_qemu import FakeQemu, Refusal, fake_pair
+from migration.control_bed import SMALL_RAM, Served, listen, opened
+from vfio_user.client.control import ControlClient
+from vfio_user.client.fake_vmm import FakeVmm
+from vfio_user.client.qemu_migration.migrate import GuestMigration
+from vfio_user.client.qemu_migration.report import MoveError, Outcome, Progress, Refused, Report, Step
+from vfio_user.client.qemu_migration.request import DeviceRequest, Limits, Request, Writes
+
+REGISTER = 0x10
+
+
+@dataclass
+class Scene:
+    """A device at both sides. `begin` is told of the step that begins."""
+
+    source: FakeQemu
+    destination: FakeQemu
+    here: ControlClient
+    there: ControlClient
+    vmms: tuple[FakeVmm, FakeVmm]
+    servers: tuple[Served, Served]
+    limits: Limits = field(default_factory=lambda: Limits(timeout=5, stop=1, recovery=3))
+    writes: Writes = Writes.HAND_OVER
+    begin: Callable[[Step], None] = lambda step: None
+    migration: GuestMigration | None = None
+    steps: list[Step] = field(default_factory=list)
+
+    def request(self) -> Request:
+        here, there = self.servers
+        device = DeviceRequest("dev", here.control_path, there.control_path)
+        ends = str(self.source.path), str(self.destination.path)
+        return Request(*ends, (device,), "tcp:127.0.0.1:4444", self.limits, self.writes)
+
+    def tell(self, progress: Progress) -> None:
+        if progress.step not in self.steps:
+            self.steps.append(progress.step)
+            self.begin(progress.step)
+
+    async def move(self) -> Report:
+        self.migration = GuestMigration(self.request(), self.tell)
+        with trio.fail_after(20):
+            return await self.migration.run()
+
+    async def state(self, control: ControlClient) -> Any:
+        return await control.call("state")
+
+    def at(self, step: Step, act: Callable[[], None]) -> None:
+        """Do this when the step begins."""
+        self.begin = lambda begun: act() if begun is step else None
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
+    async with opened_scene(tmp_path) as scene:
+        yield scene
+
+
+@asynccontextmanager
+async def opened_scene(folder: Path) -> AsyncIterator[Scene]:
+    async with (
+        opened(folder, name="a", options=SMALL_RAM) as (source, here, vmm),
+        opened(folder, name="b", options=SMALL_RAM) as (destination, there, other),
+        fake_pair(folder, {"dev": vmm}, {"dev": other}) as (qemu, waiting),
+    ):
+        await vmm.write(0, REGISTER, 0xCAFE)
+        yield Scene(qemu, waiting, here, there, (vmm, other), (source, destination))
+
+
+async def home_again(scene: Scene, report: Report, outcome: Outcome = Outcome.FAILED) -> None:
+    """The source's guest and device go on as if nothing had been, and nothing runs at the destination."""
+    assert (report.outcome, report.guest) == (outcome, "source"), report
+    assert scene.source.running, report
+    assert not scene.destination.running
+    assert scene.destination.ran == []
+    state = await scene.state(scene.here)
+    assert (state["running"], state["transfer"], state["write_through"]) == (True, None, False), report
+    assert state["dirty_log"]["owner"] is None
+    assert await scene.vmms[0].client.region_read(0, REGISTER, 2) == b"\xfe\xca"
+    assert not any(scene.source.capabilities.values())
+    assert scene.source.parameters["downtime-limit"] == 300
+    assert "its guest runs; dev runs" in report.source
+
+
+async def test_a_guest_moves(scene: Scene) -> None:
+    scene.limits = Limits(downtime=77, timeout=10)
+    report = await scene.move()
+    assert (report.outcome, report.guest, report.failure, report.notes) == (
+        Outcome.COMPLETED,
+        "destination",
+        None,
+        (),
+    )
+    assert scene.steps == list(Step)
+    assert (scene.source.status, scene.destination.status) == ("postmigrate", "running")
+    assert (await scene.state(scene.here))["running"] is False
+    assert (await scene.state(scene.there))["running"] is True
+    assert await scene.vmms[1].client.region_read(0, REGISTER, 2) == b"\xfe\xca"
+    for qemu in (scene.source, scene.destination):
+        assert not any(qemu.capabilities.values())
+        assert qemu.parameters["downtime-limit"] == 300
+    assert report.devices[0].state_bytes > 0
+    assert (report.ram["normal"], report.pages, report.rounds[-1].stopped) == (7, 10, True)
+    assert report.downtime.total > 0
+    assert report.to_json()["outcome"] == "completed"
+
+
+async def test_a_guest_that_was_paused_stays_so(scene: Scene) -> None:
+    scene.source.status = "paused"
+    report = await scene.move()
+    assert report.outcome is Outcome.COMPLETED
+    assert (scene.destination.status, scene.destination.ran) == ("paused", [])
+    assert (await scene.state(scene.there))["running"] is True
+
+
+async def test_what_the_device_wrote_is_handed_over_before_the_last_pass(scene: Scene) -> None:
+    vmm = scene.vmms[0]
+    told = listen(vmm)
+
+    async def scribble(_qemu: FakeQemu) -> None:
+        await vmm.write(0, 0xFE0, 0x1000, width=8)
+        await vmm.write(0, 0xFE8, 0x2000, width=8)
+        await vmm.write(0, 0xFF0, 64)
+        await vmm.write(0, 0xFF8, 1)
+        await vmm.intx.wait()
+
+    async def look(_qemu: FakeQemu) -> None:
+        assert told == [(0x2000, 1)]
+        assert vmm.intx.count == 1
+
+    scene.source.hooks |= {"migrate": scribble, "migrate-continue": look}
+    report = await scene.move()
+    assert report.outcome is Outcome.COMPLETED, report.failure
+    device = report.devices[0]
+    assert (device.pages_handed_over, device.write_through, device.intx_lowered) == (1, False, True)
+    await scene.vmms[1].intx.wait()  # the level is still high, and the destination says so
+
+
+async def test_write_through_goes_on_before_the_first_pass(scene: Scene) -> None:
+    on: list[bool] = []
+
+    async def look(_qemu: FakeQemu) -> None:
+        on.append((await scene.state(scene.here))["write_through"])
+
+    scene.source.hooks["migrate"] = look
+    scene.writes = Writes.WRITE_THROUGH
+    report = await scene.move()
+    assert (on, report.writes) == ([True], Writes.WRITE_THROUGH)
+    assert (await scene.state(scene.here))["write_through"] is False
+
+
+# Nothing is touched
+
+
+async def test_what_cannot_be_moved_is_refused_with_all_reasons(scene: Scene) -> None:
+    scene.source.capabilities["postcopy-ram"] = True
+    scene.destination.status = "running"
+    scene.destination.vmms = {}
+    before = await scene.state(scene.here), await scene.state(scene.there)
+    with pytest.raises(Refused) as refused:
+        await scene.move()
+    assert [
+        words
+        for words in ("postcopy-ram", "-incoming", "no vfio-user device 'dev'")
+        if not any(words in reason for reason in refused.value.reasons)
+    ] == []
+    assert scene.steps == [Step.CONNECT, Step.CHECK]
+    assert (await scene.state(scene.here), await scene.state(scene.there)) == before
+
+
+async def test_nobody_there(scene: Scene) -> None:
+    scene.destination.path = scene.destination.path.with_name("nobody")
+    with pytest.raises(MoveError, match=r"the destination's QEMU: .*nobody cannot be connected to"):
+        await scene.move()
+
+
+# The way back
+
+STEPS = [Step.RECEIVE, Step.LOG, Step.STATE, Step.SETTINGS, Step.PRECOPY, Step.STOP, Step.HAND_OVER]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+async def test_cancelled_at_any_step(scene: Scene, step: Step) -> None:
+    scene.writes = Writes.AUTO
+    scene.limits = Limits(downtime=5, timeout=5, recovery=3)
+
+    def cancel() -> None:
+        assert scene.migration is not None
+        scene.migration.cancel()
+
+    scene.at(step, cancel)
+    await home_again(scene, await scene.move(), Outcome.CANCELLED)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+async def test_the_destination_dies_at_any_step(scene: Scene, step: Step) -> None:
+    scene.at(step, scene.destination.end)
+
+    async def fail(qemu: FakeQemu) -> None:
+        raise Refusal("the other side is gone")
+
+    if step in STEPS[:4]:
+        scene.source.hooks["migrate"] = fail
+    elif step is Step.PRECOPY:
+        scene.source.may_switch = trio.Event()
+        scene.limits = Limits(timeout=0.5, recovery=3)
+    else:
+        scene.source.hooks["migrate-continue"] = lambda qemu: qemu.fail("failed")
+    report = await scene.move()
+    await home_again(scene, report)
+
+
+async def test_time_is_up(scene: Scene) -> None:
+    scene.source.may_switch = trio.Event()
+    scene.limits = Limits(timeout=0.3, recovery=3)
+    report = await scene.move()
+    await home_again(scene, report)
+    assert "not done within 0.3 s" in str(report.failure)
+
+
+Act = Callable[[FakeQemu], Awaitable[None]]
+
+
+async def test_a_state_that_cannot_be_loaded(scene: Scene) -> None:
+    async def spoil(_qemu: FakeQemu) -> None:
+        await scene.there.call("cancel")
+
+    scene.source.may_switch = trio.Event()
+    scene.source.hooks["migrate"] = spoil
+    report = await scene.move()
+    await home_again(scene, report)
+    assert "cancelled" in str(report.failure)
+
+
+async def test_a_guest_that_resets_its_device_meanwhile_stays(scene: Scene) -> None:
+    async def reset(_qemu: FakeQemu) -> None:
+        await scene.vmms[0].client.reset()
+        await scene.vmms[0].write(0, REGISTER, 0xCAFE)
+
+    scene.source.may_switch = trio.Event()
+    scene.source.hooks["migrate"] = reset
+    report = await scene.move()
+    await home_again(scene, report)
+    assert "reset" in str(report.failure)
+
+
+async def test_somebody_else_cancels(scene: Scene) -> None:
+    scene.source.hooks["migrate-continue"] = lambda qemu: qemu.fail("cancelled")
+    report = await scene.move()
+    await home_again(scene, report)
+    assert "migrate-continue" in str(report.failure)
+
+
+async def test_the_last_pass_fails(scene: Scene) -> None:
+    scene.source.hooks["finish"] = lambda qemu: qemu.fail("failed")
+    report = await scene.move()
+    await home_again(scene, report)
+    assert "QEMU's migration failed" in str(report.failure)
+
+
+async def test_the_destination_is_lost_after_all_was_sent(scene: Scene) -> None:
+    """QEMU says "completed" at the source, and the source has its guest back all the same."""
+    scene.at(Step.RESTORE, scene.destination.end)
+    report = await scene.move()
+    await home_again(scene, report)
+    assert scene.source.ran == ["cont"]
+
+
+async def test_a_view_that_cannot_be_restored_ends_the_destination_first(scene: Scene) -> None:
+    async def elsewhere(qemu: FakeQemu) -> None:
+        qemu.vmms = {"other": qemu.vmms["dev"]}  # query-pci shows another device there
+
+    scene.destination.hooks["query-pci"] = elsewhere
+    report = await scene.move()
+    assert "no PCI device with the id 'dev'" in str(report.failure)
+    assert scene.destination.status == "gone"
+    await home_again(scene, report)
+
+
+# The monitor is lost
+
+
+async def test_the_source_is_lost_and_found_in_the_last_pass(scene: Scene) -> None:
+    async def cut(qemu: FakeQemu) -> None:
+        qemu.cut()
+
+    scene.source.hooks["migrate-continue"] = cut
+    report = await scene.move()
+    assert report.outcome in (Outcome.COMPLETED, Outcome.FAILED)
+    if report.outcome is Outcome.COMPLETED:
+        assert (scene.source.status, scene.destination.status) == ("postmigrate", "running")
+        assert any("arrived" in note for note in report.notes)
+    else:
+        await home_again(scene, report)
+
+
+async def test_a_source_that_dies_when_all_was_sent_is_not_missed(scene: Scene) -> None:
+    async def die(qemu: FakeQemu) -> None:
+        assert qemu.peer is not None
+        qemu.peer.status = "paused"
+        await qemu.peer.migrates("completed")
+        qemu.end()
+
+    scene.source.hooks["finish"] = die
+    report = await scene.move()
+    assert (report.outcome, report.guest) == (Outcome.COMPLETED, "destination"), report.failure
+    assert scene.destination.running
+    assert "QEMU cannot be asked" in report.source
+
+
+async def test_a_source_that_dies_before_all_was_sent_takes_the_guest_along(scene: Scene) -> None:
+    async def die(qemu: FakeQemu) -> None:
+        assert qemu.peer is not None
+        await qemu.peer.migrates("failed")
+        qemu.end()
+
+    scene.source.hooks["finish"] = die
+    report = await scene.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "nowhere")
+    assert not scene.destination.running
+    assert scene.destination.ran == []
+
+
+@pytest.mark.parametrize("started", [True, False])
+async def test_cont_without_an_answer(scene: Scene, started: bool) -> None:
+    """The monitor is cut while the destination is told to start; a new connection tells what came of it."""
+
+    async def cut(qemu: FakeQemu) -> None:
+        if started:
+            await qemu.start("cont")
+        qemu.cut()
+        raise Refusal("too late")
+
+    scene.destination.hooks["cont"] = cut
+    report = await scene.move()
+    if started:
+        assert (report.outcome, report.guest) == (Outcome.COMPLETED, "destination"), report.failure
+        assert not scene.source.running
+    else:
+        await home_again(scene, report)
