@@ -175,6 +175,15 @@ async def guest_with(
         yield moving, await set_up(moving.guest)
 
 
+async def require_refusals(qmp: Qmp, control: ControlClient, view: View) -> None:
+    for id in ("other", ""):
+        with pytest.raises(CannotRestore, match="no PCI device with the id"):
+            await snapshot(qmp, control, id)
+    elsewhere = replace(view, regions={**view.regions, 0: 0x1000})
+    with pytest.raises(CannotRestore, match="BAR 0 was mapped at 0x1000, and is at"):
+        await restore(qmp, control, "dev", elsewhere)
+
+
 async def test_without_it_the_device_is_dead_and_with_it_goes_on(lab: Lab, namespace: Namespace) -> None:
     async with guest_with(lab, namespace, model()) as (moving, guest):
         await use_vectors(guest)
@@ -191,25 +200,11 @@ async def test_without_it_the_device_is_dead_and_with_it_goes_on(lab: Lab, names
             await qmp.execute("stop")
             assert view.masked == (PENDING, SILENT)
             await restore(qmp, control, "dev", view)
+            await require_refusals(qmp, control, view)
             await qmp.execute("cont")
         assert await guest.space() == before
         await require_marks(guest)
         await require_vectors(guest)
-
-
-async def test_a_device_that_is_not_there(lab: Lab, namespace: Namespace) -> None:
-    async with guest_with(lab, namespace, model()) as (moving, _):
-        side = moving.here
-        async with open_qmp(str(side.qmp)) as qmp, open_control(side.controls["dev"]) as control:
-            await qmp.execute("stop")
-            view = await snapshot(qmp, control, "dev")
-            assert view.masked == ()
-            for id in ("other", ""):
-                with pytest.raises(CannotRestore, match="no PCI device with the id"):
-                    await snapshot(qmp, control, id)
-            elsewhere = replace(view, regions={**view.regions, 0: 0x1000})
-            with pytest.raises(CannotRestore, match="BAR 0 was mapped at 0x1000, and is at"):
-                await restore(qmp, control, "dev", elsewhere)
 
 
 async def test_i440fx_and_a_device_without_bus_master_or_memory(lab: Lab, namespace: Namespace) -> None:

@@ -21,7 +21,8 @@ from vfio_user.client.qemu_migration.capabilities import (
     parse_configuration,
     power_writes,
 )
-from vfio_user.client.qemu_migration.monitor import Write
+from vfio_user.client.qemu_migration.monitor import Function, Write
+from vfio_user.client.qemu_migration.view import View
 from vfio_user.device_models import pci
 from vfio_user.device_models.device import RegionIndex
 from vfio_user.device_models.fake_host import FakeHost
@@ -217,3 +218,12 @@ def test_a_chain_that_loops_is_no_endless_loop() -> None:
     space[6], space[0x34], space[0x41] = 0x10, 0x40, 0x40
     with pytest.raises(CannotRestore, match="no end"):
         Configuration(bytes(space), None, ()).capability(CAP_MSI)
+
+
+@pytest.mark.parametrize(("control", "masked"), [(0x00, ()), (0x80, (1,)), (0xC0, (0, 1)), (0x40, ())])
+def test_vectors_that_may_hold_a_message_back(device: Device, control: int, masked: tuple[int, ...]) -> None:
+    guest_writes(device, place(device, CAP_MSIX) + 3, bytes([control]))
+    entries = [(0xFEE0_0000, 0x4041, 0), (0xFEE0_0000, 0x4042, 1), (0, 0, 1)]
+    table = b"".join(struct.pack("<QII", *entry) for entry in entries)
+    assert View(Function(0, 4, 0), view(device), {}, table, 0).masked == masked
+    assert View(Function(0, 4, 0), view(device), {}, None, 0).masked == ()
