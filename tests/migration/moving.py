@@ -7,13 +7,17 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import pytest
 import trio
 
 from vfio_user.client.attachment import Attachment, attach
 from vfio_user.client.background import background
 from vfio_user.client.fake_vmm import VmmOptions
 from vfio_user.client.memory import GuestRam
+from vfio_user.client.migration.v2 import V2Driver
 from vfio_user.device_models.device import Device
+from vfio_user.device_models.regions import Buffer
+from vfio_user.protocol.constants import MigrationState
 from vfio_user.server.engines.native import NativeServer, Settings
 from vfio_user.server.host import ServerHost
 from vfio_user.transport.listener import Listener
@@ -42,6 +46,39 @@ def seeded(name: str) -> Iterator[random.Random]:
 Make = Callable[[ServerHost], Device]
 Prepare = Callable[[NativeServer, contextlib.ExitStack], Make]
 """What is put on the stack goes with the server."""
+
+
+STANDING = (MigrationState.STOP, MigrationState.STOP_COPY, MigrationState.RESUMING)
+
+
+def watched(make: Make, late: list[MigrationState]) -> Make:
+    """Makes the device; a write to its first BAR while it stands still goes into `late`. Nobody may do that
+    then: it may come after the state was read (linux/vfio.h, "or risk corruption")."""
+
+    def make_watched(host: ServerHost) -> Device:
+        device = make(host)
+        write = device.regions[0].write
+
+        def note(offset: int, data: Buffer) -> None:
+            if host.migration.state in STANDING:
+                late.append(host.migration.state)
+            write(offset, data)
+
+        device.regions[0].write = note  # type: ignore[method-assign]
+        return device
+
+    return make_watched
+
+
+def leave_out_p2p(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make of our client one that does not enter the P2P states."""
+    enter = V2Driver.enter
+
+    async def enter_others(driver: V2Driver, state: MigrationState) -> None:
+        if state not in (MigrationState.RUNNING_P2P, MigrationState.PRE_COPY_P2P):
+            await enter(driver, state)
+
+    monkeypatch.setattr(V2Driver, "enter", enter_others)
 
 
 class Server:

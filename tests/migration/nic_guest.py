@@ -4,11 +4,13 @@
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from migration.moving import Make, Server, Yard
+from migration.moving import Make, Server, Yard, watched
 from vfio_user.client.attachment import Attachment
 from vfio_user.client.drivers.e1000_traffic import Traffic
+from vfio_user.client.memory import GuestRam
 from vfio_user.client.switch import Port, Switch
 from vfio_user.device_models.catalog import load_model, make_device
+from vfio_user.protocol.constants import MigrationState
 from vfio_user.server.engines.native import NativeServer
 from vfio_user.server.net.factory import open_backend
 
@@ -55,17 +57,28 @@ class Stand:
         await self.server.close()
 
 
-async def open_stand(yard: Yard, switch: Switch, number: int, *, incoming: bool) -> Stand:
+async def open_stand(
+    yard: Yard,
+    switch: Switch,
+    number: int,
+    *,
+    incoming: bool,
+    ram: GuestRam | None = None,
+    late: list[MigrationState] | None = None,
+) -> Stand:
+    """`ram`: that of other devices too. `late`: see `moving.watched`."""
     path = yard.folder / f"wire{number}"
     port = await switch.open_port(path)
 
     def prepare(native: NativeServer, stack: ExitStack) -> Make:
         backend = open_backend(f"stream:{path}", native.poller, native.call_later)
         stack.callback(backend.close)
-        return lambda host: make_device(load_model("e1000"), host, backend, {})
+        return watched(
+            lambda host: make_device(load_model("e1000"), host, backend, {}), [] if late is None else late
+        )
 
     server = yard.serve_on(prepare)
-    attachment = await (yard.incoming(server) if incoming else yard.start(server))
+    attachment = await (yard.incoming(server, ram) if incoming else yard.start(server, ram))
     return Stand(server, attachment, port)
 
 

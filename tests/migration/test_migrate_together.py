@@ -6,13 +6,14 @@ device is touched, but takes and remembers what it is asked.
 """
 
 import contextlib
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import trio
 
-from migration.moving import MOVES, PATIENCE, Yard, open_yard, seeded
+from migration.moving import MOVES, PATIENCE, Yard, leave_out_p2p, open_yard, seeded, watched
 from migration.relay import ASKED, DOORBELL, ENTRIES, ENTRY, ERRORS, INDEX, LOG, NEXT, PASSED, Relay
 from vfio_user.client.attachment import Attachment
 from vfio_user.client.fake_vmm import FakeVmm, VmmOptions
@@ -31,8 +32,10 @@ MEMORY = ((0, 0xA0000), (LOG_ADDRESS, 1 << 20))
 class Machine:
     """Four VMMs with one memory, each on a server of its own."""
 
-    def __init__(self, ram: GuestRam, attachments: Sequence[Attachment]) -> None:
+    def __init__(self, ram: GuestRam, attachments: Sequence[Attachment], late: list[MigrationState]) -> None:
         self.ram = ram
+        self.late = late
+        """The state of a device that was written to by another one while it stood still, each time."""
         self._attachments = tuple(attachments)
         self.vmms: tuple[FakeVmm, ...] = tuple(one.vmm for one in attachments)
 
@@ -76,21 +79,21 @@ async def open_machine(yard: Yard, *, incoming: bool) -> Machine:
     ram = GuestRam(seals=FIXED_SIZE)
     ram.add_file(MEMORY)
     attachments = []
+    late: list[MigrationState] = []
     for index in range(COUNT):
         options = VmmOptions(memory=MEMORY, bar_window=0xE000_0000 + (index << 20))
         come = yard.incoming if incoming else yard.start
-        attachments.append(await come(yard.serve(Relay), ram, options))
-    return Machine(ram, attachments)
+        attachments.append(await come(yard.serve(watched(Relay, late)), ram, options))
+    return Machine(ram, attachments, late)
 
 
-@pytest.mark.timeout(0)
-async def test_they_are_moved_while_they_ring_each_other(tmp_path: Path) -> None:
-    with seeded("relays") as chance, contextlib.ExitStack() as stack:
-        async with open_yard(tmp_path) as yard:
+async def move_around(folder: Path, moves: int, chance: random.Random) -> None:
+    with contextlib.ExitStack() as stack:
+        async with open_yard(folder) as yard:
             here = await open_machine(yard, incoming=False)
             stack.callback(here.ram.close)
             await here.start()
-            for _ in range(MOVES):
+            for _ in range(moves):
                 there = await open_machine(yard, incoming=True)
                 stack.callback(there.ram.close)
                 await here.wait_passed(await here.passed() + chance.randrange(100))
@@ -98,11 +101,27 @@ async def test_they_are_moved_while_they_ring_each_other(tmp_path: Path) -> None
                 options = Options("v2", "v2", switch=there.join)
                 report = await migrate(here.vmms, there.vmms, limits=limits, options=options)
                 assert report.check().notes == ()
+                assert here.late == []
                 last = await here.passed()  # it stands still there, and shows where
                 await here.close()
                 here = there
                 await here.wait_passed(last + 50)
                 await here.check(last)
+
+
+@pytest.mark.timeout(0)
+async def test_they_are_moved_while_they_ring_each_other(tmp_path: Path) -> None:
+    with seeded("together") as chance:
+        await move_around(tmp_path, MOVES, chance)
+
+
+async def test_a_client_that_leaves_out_p2p_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the test before looks at is what goes wrong then."""
+    leave_out_p2p(monkeypatch)
+    with pytest.raises(AssertionError, match=r"STOP_COPY|RESUMING|<MigrationState.STOP"):
+        await move_around(tmp_path, 50, random.Random(1))
 
 
 @pytest.mark.parametrize(
