@@ -78,7 +78,7 @@ class ServerProcess:
         maps = (line.split(maxsplit=5) for line in (folder / "maps").read_text().splitlines())
         return Holdings(tuple(sorted(fds)), tuple(sorted(words[-1] for words in maps if words[1][3] == "s")))
 
-    async def counters(self, occasion: str, timeout: float = 5.0) -> dict[str, int]:
+    async def counters(self, occasion: str, timeout: float = 20.0) -> dict[str, int]:
         """What `--stats` has printed on an occasion: "client 1 has left", "SIGUSR1", "the end".
 
         All figures count from the server's start. What was a client's is released when it has left.
@@ -89,7 +89,7 @@ class ServerProcess:
             raise self._error(f"the server has printed no counters ({occasion})")
         return self._snapshots[occasion]
 
-    async def ask_counters(self, timeout: float = 5.0) -> dict[str, int]:
+    async def ask_counters(self, timeout: float = 20.0) -> dict[str, int]:
         """The figures now (SIGUSR1), after all that clients who have left did."""
         self._snapshots.pop("SIGUSR1", None)
         self.popen.send_signal(signal.SIGUSR1)
@@ -111,7 +111,7 @@ class ServerProcess:
                 while not done() and not self._ended.is_set():
                     await self._changed.wait()
 
-    async def stop(self, timeout: float = 5.0) -> dict[str, int]:
+    async def stop(self, timeout: float = 20.0) -> dict[str, int]:
         """SIGTERM; its counters. ServerError unless it ends with status 0 and removes its socket."""
         self.popen.send_signal(signal.SIGTERM)
         with trio.move_on_after(timeout):
@@ -194,7 +194,7 @@ async def started(
     *,
     netns: str = "",
     environment: Mapping[str, str] | None = None,
-    timeout: float = 20.0,
+    timeout: float = 40.0,
 ) -> AsyncIterator[ServerProcess]:
     """The server that `command` becomes (by exec), listening; killed at the end if it still runs. Then the
     socket file stays: give a path in a folder of your own. `netns`: in this network namespace.

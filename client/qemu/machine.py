@@ -80,7 +80,7 @@ class Machine:
         """QEMU's own process."""
         return self.child.pid
 
-    async def wait_boot(self, timeout: float = 60.0, boots: int = 1) -> None:
+    async def wait_boot(self, timeout: float = 120.0, boots: int = 1) -> None:
         """Waits until the guest has booted (`boots` times). Raises MachineError when it does not."""
         with trio.move_on_after(timeout):
             async with self._booted:
@@ -118,7 +118,7 @@ class Machine:
         """All that the guest's kernel has said since it booted."""
         return await self.check("dmesg")
 
-    async def reboot(self, timeout: float = 60.0) -> None:
+    async def reboot(self, timeout: float = 120.0) -> None:
         """Restarts the guest and waits until it has booted again."""
         boots = self.boots
         await self._send(0, timeout, "sync; reboot -f")

@@ -41,7 +41,7 @@ class Counts:
     """That boot one after the other where each ends in the middle of traffic."""
 
 
-REDUCED = Counts(pings=60, rounds=8, short_rounds=3, pair_rounds=3, link_cycles=3, module_cycles=2, guests=2)
+REDUCED = Counts(pings=20, rounds=4, short_rounds=2, pair_rounds=2, link_cycles=2, module_cycles=2, guests=2)
 FULL = Counts(
     pings=200, rounds=200, short_rounds=50, pair_rounds=200, link_cycles=10, module_cycles=10, guests=4
 )
@@ -104,15 +104,21 @@ class Wire:
     """More of the guest's socat: `mss=1111`."""
 
     async def receive(self, rounds: int, timeout: float = 300.0) -> None:
-        """The guest sends, we receive. Raises TrafficError when the sum is wrong."""
+        """The guest sends, we receive. Raises TrafficError when the sum is wrong.
+
+        We say a byte first: passt of 2023 takes the handshake's last ACK for none, and 24 s later resets a
+        connection on which the guest has had nothing else to acknowledge.
+        """
         loop = f"i=0; while [ $i -lt {rounds} ]; do echo $i; cat /{BLOB_PATH}; i=$((i+1)); done"
         sha = hashlib.sha256()
 
         async def take(stream: trio.SocketStream) -> None:
+            await stream.send_all(b"\n")
             async for data in stream:
                 sha.update(data)
 
-        await self._with_peer(take, f"set -o pipefail; ({loop}) | {self._socat('- {}')}", timeout)
+        socat = self._socat("- {}", "-t 600")
+        await self._with_peer(take, f"set -o pipefail; ({loop}) | {socat} > /dev/null", timeout)
         self._compare("guest to host", sha.hexdigest(), rounds)
 
     async def send(self, rounds: int, timeout: float = 300.0) -> None:

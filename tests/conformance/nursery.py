@@ -31,7 +31,7 @@ from vfio_user.server.engines.engine import Engine, Settings
 LIFE = 60
 """Seconds after which a server is killed, whatever it is doing, unless its order says otherwise."""
 
-PATIENCE = 5.0
+PATIENCE = 20.0
 _FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
