@@ -4,10 +4,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Test processes side by side (0: none but pytest's own). A guest takes a CPU; other tests wait a good part of the time.
+QEMU_JOBS ?= $(shell nproc)
+JOBS ?= $(shell expr $(QEMU_JOBS) + 1)
+PYTEST := $(BIN)/python -m pytest --dist worksteal
+# Without bytecode kept, each of many processes compiles what it imports, and pytest rewrites Hypothesis each time.
+export PYTHONDONTWRITEBYTECODE :=
 # make test: reduced counts; make soak: the full ones
 export VFIO_USER_SOAK ?=
 
-.PHONY: help demo test lint unit tests qemu soak bench lab clean
+.PHONY: help demo test lint unit tests coverage qemu soak bench lab clean
 
 help:
 	@echo "make demo   see it work: an e1000 driven and moved under load, and a guest where QEMU is found"
@@ -15,6 +21,7 @@ help:
 	@echo "make test   everything: lint, types, unit, conformance, migration, and QEMU with a real guest (as root)"
 	@echo "make lint   ruff and mypy --strict"
 	@echo "make unit   lint, unit, conformance and migration tests only: without root, and without what the lab is for"
+	@echo "make coverage  the unit, conformance and migration tests once more, and the lines that none of them ran"
 	@echo "make soak   the migration and end-to-end tests with the full counts"
 	@echo "make bench  the table of ratios beside the marks"
 	@echo "make lab    QEMU, guest and libvfio-user into the cache folder"
@@ -52,6 +59,9 @@ unit: lint tests
 
 tests: $(VENV)/.test
 	@echo "== unit, conformance and migration tests"
+	@$(PYTEST) -n $(JOBS) tests/unit tests/conformance tests/migration
+
+coverage: $(VENV)/.test
 	@$(BIN)/coverage run -m pytest tests/unit tests/conformance tests/migration
 	@$(BIN)/coverage report --skip-covered | tail -n 40
 
@@ -60,7 +70,7 @@ lab: $(VENV)/.runtime
 
 qemu: $(VENV)/.test
 	@echo "== QEMU with a real guest"
-	@$(BIN)/python -m pytest tests/qemu
+	@$(PYTEST) -n $(QEMU_JOBS) tests/qemu
 
 test: lint
 	@echo "== the lab: QEMU, guest, libvfio-user (cached; the first time takes a few minutes)"
