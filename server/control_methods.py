@@ -41,6 +41,7 @@ def _state(control: Control) -> Any:
         "client": {"attached": engine.attached, "served": engine.clients_served},
         "running": engine.host.running,
         "migration": {
+            "available": migration.available,
             "state": migration.state.name,
             "owner": "controller" if control.device.claimed else "client",
             "reason": migration.reason,

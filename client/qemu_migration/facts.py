@@ -3,7 +3,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,8 @@ class QemuFacts:
     memory: int = 0
     devices: tuple[Place, ...] = ()
     """All vfio-user devices of the guest."""
+    bars: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    """Where QEMU maps them: the address of each BAR, by the device's id."""
 
     def place(self, id: str) -> Place | None:
         return next((place for place in self.devices if place.id == id), None)
@@ -65,6 +67,13 @@ def _version(answer: Any) -> tuple[int, int, int]:
     return numbers["major"], numbers["minor"], numbers["micro"]
 
 
+def _bars(devices: Iterable[Any]) -> Iterator[tuple[str, Mapping[int, int]]]:
+    for device in devices:
+        if id := device["qdev_id"]:
+            yield id, {row["bar"]: row["address"] for row in device["regions"]}
+        yield from _bars(device.get("pci_bridge", {}).get("devices", ()))
+
+
 _Read = Callable[[Any], Any]
 _QUESTIONS: Mapping[str, tuple[str, Mapping[str, Any], _Read]] = {
     "status": ("query-status", {}, lambda a: a["status"]),
@@ -77,6 +86,7 @@ _QUESTIONS: Mapping[str, tuple[str, Mapping[str, Any], _Read]] = {
     "parameters": ("query-migrate-parameters", {}, lambda a: a),
     "version": ("query-version", {}, _version),
     "machine": ("qom-get", {"path": "/machine", "property": "type"}, str),
+    "bars": ("query-pci", {}, lambda a: dict(_bars(row for bus in a for row in bus["devices"]))),
     "memory": ("query-memory-size-summary", {}, lambda a: a["base-memory"] + a.get("plugged-memory", 0)),
 }
 """Field of `QemuFacts` -> command, its arguments, and what is taken of the answer."""

@@ -195,6 +195,22 @@ def _attached(device: DeviceFacts) -> Iterator[str]:
             yield f"no VMM is connected to the {side}'s server: is it another device's control socket?"
 
 
+def _identity(facts: Facts, request: Request) -> Iterator[str]:
+    """The source's guest has mapped its BARs: QEMU and server must agree where."""
+    for device in facts.devices:
+        seen = facts.source.bars.get(device.id, {})
+        for bar in device.source_configuration.get("bars", ()):
+            here, there = bar["address"], seen.get(bar["index"], _UNMAPPED)
+            if here and 0 <= there < _UNMAPPED and here != there:
+                yield (
+                    f"{device.id}: QEMU has its BAR {bar['index']} at {there:#x}, and the source's server at "
+                    f"{here:#x}: is it another device's control socket?"
+                )
+
+
+_UNMAPPED = (1 << 64) - 1
+
+
 def _free(device: DeviceFacts) -> Iterator[str]:
     for side, state in _sides(device):
         migration = state["migration"]
@@ -253,6 +269,7 @@ CHECKS: tuple[Check, ...] = (
     Check("no VMM migrates the device itself", _devices(_drives_itself)),
     Check("both servers have the native engine", _devices(_engine)),
     Check("both servers have a VMM", _devices(_attached)),
+    Check("the control socket is that of the device, by its BARs", _identity),
     Check("no controller has anything under way", _devices(_free)),
     Check("the model can be saved and restored", _devices(_saved)),
     Check("model, version, BARs, interrupts and configuration space are the same", _devices(_same)),

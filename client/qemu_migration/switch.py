@@ -105,12 +105,32 @@ async def _restore(move: Move, device: MovingDevice) -> None:
 async def start(move: Move) -> None:
     """The devices fire what is due; then the CPUs go on, where they ran."""
     move.trail.begin(Step.START)
-    await move.each(_resume)
+    await move.each(lambda device: _resume(move, device))
     if move.was_running:
         move.started = True
         await move.destination.qmp.execute("cont")
     move.mark("running")
 
 
-async def _resume(device: MovingDevice) -> None:
-    await device.destination.call("resume")
+async def _resume(move: Move, device: MovingDevice) -> None:
+    """Both requests are on their way at once. QEMU has restored registers of the server that it is connected
+    to: if they are not those of the state that was loaded here, this is another one."""
+    told: list[Mapping[str, Any]] = []
+
+    async def ask() -> None:
+        told.append(await device.destination.call("configuration"))
+
+    async with side_by_side() as nursery:
+        nursery.start_soon(ask)
+        nursery.start_soon(device.destination.call, "resume")
+    assert device.view is not None
+    before, now = device.view.configuration.space, bytes.fromhex(told[0]["space"])
+    if before[_RESTORED] != now[_RESTORED]:
+        reason = (
+            f"{device.id}: the destination's server has other BARs: is it another device's control socket?"
+        )
+        raise MoveError(reason, Where.DESTINATION)
+
+
+_RESTORED = slice(0x10, 0x28)
+"""The BARs."""

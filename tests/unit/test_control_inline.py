@@ -266,7 +266,7 @@ async def test_a_controller_that_vanishes_while_it_saves(tmp_path: Path, taken: 
                 taken -= len(await stream.receive_some(taken))
         state = await until(controller, lambda state: state["transfer"] is None)
         assert state["running"]
-        assert state["migration"] == {"state": "RUNNING", "owner": "client", "reason": ""}
+        assert state["migration"] == {"available": True, "state": "RUNNING", "owner": "client", "reason": ""}
         assert state["last_transfer"]["error"]
         await inline_save(served.control_path)
 

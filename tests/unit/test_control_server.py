@@ -186,6 +186,7 @@ async def test_a_stopped_device_does_nothing_until_it_is_resumed(tmp_path: Path)
         assert await vmm.read(0, 0xFFC) == 1  # busy, and stays so
         assert vmm.ram.read(0x2000, 100) == bytes(100)
         assert (await controller.call("state"))["migration"] == {
+            "available": True,
             "state": "STOP",
             "owner": "controller",
             "reason": "",

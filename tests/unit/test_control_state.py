@@ -132,7 +132,7 @@ async def test_a_controller_that_vanishes_while_it_saves(tmp_path: Path, hold: b
             state = await until(controller, lambda state: state["transfer"] is None)
         os.close(reader)
         assert state["running"]
-        assert state["migration"] == {"state": "RUNNING", "owner": "client", "reason": ""}
+        assert state["migration"] == {"available": True, "state": "RUNNING", "owner": "client", "reason": ""}
         await save(controller, tmp_path / "f")
 
 

@@ -282,7 +282,7 @@ async def test_a_view_that_cannot_be_restored_ends_the_destination_first(scene: 
     async def elsewhere(qemu: FakeQemu) -> None:
         qemu.vmms = {"other": qemu.vmms["dev"]}  # query-pci shows another device there
 
-    scene.destination.hooks["query-pci"] = elsewhere
+    scene.at(Step.RESTORE, lambda: scene.destination.hooks.update({"query-pci": elsewhere}))
     report = await scene.move()
     assert "no PCI device with the id 'dev'" in str(report.failure)
     assert scene.destination.status == "gone"
