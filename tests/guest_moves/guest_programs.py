@@ -3,6 +3,7 @@
 
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from vfio_user.client.qemu.command import MachineOptions
@@ -23,13 +24,10 @@ def compiled(name: str, folder: Path) -> Path:
     return program
 
 
-def scribble_options(program: Path, **options: object) -> MachineOptions:
+def scribble_options(program: Path, files: Mapping[str, bytes | Path] | None = None) -> MachineOptions:
     """A guest that can run scribble.c."""
     return MachineOptions(
-        memory_mib=448,
-        kernel_words="hugepages=129",
-        files={SCRIBBLE: program},
-        **options,  # type: ignore[arg-type]
+        memory_mib=448, kernel_words="hugepages=129", files={**(files or {}), SCRIBBLE: program}
     )
 
 

@@ -26,6 +26,7 @@ from vfio_user.client.qemu.moving import Model
 from vfio_user.client.qemu.namespace import Namespace, open_namespace
 from vfio_user.client.qemu.paths import lab_root
 from vfio_user.client.qemu.shell import LabError
+from vfio_user.client.qemu.ssh_programs import SSH
 from vfio_user.client.server_process import ServerProcess, serving
 
 GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]
@@ -89,6 +90,16 @@ def libvfio_lab(any_lab: Lab) -> Lab:
     except LabError as error:
         missing(str(error))
     return any_lab
+
+
+@pytest.fixture(scope="session")
+def ssh_lab(lab: Lab) -> Lab:
+    """The lab with OpenSSH too."""
+    try:
+        lab.ssh(SSH)
+    except LabError as error:
+        missing(str(error))
+    return lab
 
 
 def _program(name: str, package: str) -> str:
