@@ -32,6 +32,15 @@ class UseError(Exception):
     """The guest gets nowhere with the device."""
 
 
+def check_use(use: Use, moves: int | None) -> None:
+    """TypeError, ValueError: a test that asks for this would fail in the dark, or pass without a look."""
+    __tracebackhide__ = True
+    if not callable(use):
+        raise TypeError(f"{use!r} is no use of a device: write `async def use(device, chance)`")
+    if moves is not None and moves < 1:
+        raise ValueError(f"moves={moves}: at least 1, or the device is never moved; None is the default")
+
+
 @dataclass(frozen=True, slots=True)
 class Yard:
     """Where servers are: a folder, the network, how they are made, and a nursery for them."""
@@ -193,8 +202,10 @@ class MigrationBed:
 
     async def roam(self, use: Use, *, moves: int | None = None, within: float = 0.02) -> None:
         """Let the guest use the device all the time, and move it at random moments, each at most `within`
-        seconds after it was used at its new place for the first time. What `use` raises is raised here."""
+        seconds after it was used at its new place for the first time. What `use` raises is raised here;
+        ValueError when there is nothing to do, for that would show nothing."""
         __tracebackhide__ = True
+        check_use(use, moves)
         ending, ended = trio.Event(), trio.Event()
         chance = random.Random(self.chance.random())
         with trio.CancelScope() as scope:

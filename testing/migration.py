@@ -25,10 +25,12 @@ import trio
 from vfio_user.client.background import background
 from vfio_user.client.fake_vmm import VmmOptions
 from vfio_user.client.guest import open_guest
+from vfio_user.client.memory import GuestRam
 from vfio_user.client.switch import open_switch
+from vfio_user.device_models.device import OptionError
 from vfio_user.device_models.echo import Responder
-from vfio_user.testing.bed import MigrationBed, Use, Yard
-from vfio_user.testing.servers import AnyModel, find_model, serving_apart, serving_here
+from vfio_user.testing.bed import MigrationBed, Use, Yard, check_use
+from vfio_user.testing.servers import AnyModel, Model, find_model, serving_apart, serving_here
 
 __all__ = ["MEMORY", "MigrationBed", "MigrationTester", "Settings", "Use"]
 
@@ -67,6 +69,7 @@ class MigrationTester:
         """Move the device `moves` times, at random moments and over random protocols, while the guest uses
         it: `MigrationBed.roam`, for a test that is no coroutine."""
         __tracebackhide__ = True
+        check_use(use, moves)
 
         async def scenario(bed: MigrationBed) -> None:
             __tracebackhide__ = True
@@ -83,24 +86,30 @@ class MigrationTester:
             raise RuntimeError(
                 "this test is a coroutine: write `async with vfio_migration.open(...) as bed:`"
             )
+        place = self.open(model, **settings)
 
         async def main() -> T:
             __tracebackhide__ = True
-            async with self.open(model, **settings) as bed:
+            async with place as bed:
                 return await scenario(bed)
 
         return trio.run(main)
 
-    @contextlib.asynccontextmanager
-    async def open(self, model: AnyModel, **settings: Unpack[Settings]) -> AsyncIterator[MigrationBed]:
+    def open(
+        self, model: AnyModel, **settings: Unpack[Settings]
+    ) -> contextlib.AbstractAsyncContextManager[MigrationBed]:
         """A guest with a device, at a first server. OptionError when there is no such model, when it cannot
-        be moved (`state_version`), or when an option is wrong.
+        be moved (`state_version`), or when an option or another setting is wrong.
 
         `model` is a class, a name of `vfio-user list`, or module:Class. A network device is on a network
         that echoes (10.0.2.2, UDP port 7) and goes with the guest.
         """
         __tracebackhide__ = True
-        found = find_model(model, settings.get("options", {}))
+        return self._open(check_settings(model, settings), settings)
+
+    @contextlib.asynccontextmanager
+    async def _open(self, found: Model, settings: Settings) -> AsyncIterator[MigrationBed]:
+        __tracebackhide__ = True
         chance = random.Random(f"{self._name} {self.seed}")
         options = VmmOptions(memory=settings.get("memory", MEMORY), resample=chance.random() < 0.5)
         bed = MigrationBed(
@@ -136,6 +145,35 @@ class MigrationTester:
                 error.add_note(move)
             error.add_note(f"repeat it with --vfio-user-seed={self.seed}")
             raise
+
+
+def check_settings(model: AnyModel, settings: Settings) -> Model:
+    """OptionError, which shows nothing of ours above the test that has made the mistake."""
+    __tracebackhide__ = True
+    wrong, found = "", None
+    try:
+        unknown = [name for name in settings if name not in Settings.__annotations__]
+        if unknown:
+            known = ", ".join(Settings.__annotations__)
+            raise OptionError(f"there is no setting {unknown[0]!r}; there are {known}")
+        found = find_model(model, settings.get("options", {}))
+        check_memory(settings.get("memory", MEMORY))
+    except OptionError as error:
+        wrong = str(error)
+    if wrong or found is None:
+        raise OptionError(wrong)
+    return found
+
+
+def check_memory(memory: Sequence[tuple[int, int]]) -> None:
+    """OptionError unless it can be a guest's."""
+    try:
+        with contextlib.closing(GuestRam()) as ram:
+            ram.add_file(memory)
+    except (ValueError, TypeError, OSError, OverflowError) as error:
+        raise OptionError(
+            f"memory={memory!r}: {error}; write memory=[(address, size in bytes), ...], of whole pages"
+        ) from None
 
 
 def _in_trio() -> bool:

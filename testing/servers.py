@@ -50,7 +50,11 @@ class Model:
 def find_model(model: AnyModel, options: Mapping[str, str]) -> Model:
     """OptionError when there is no such model, when it cannot be moved, or when an option is wrong."""
     __tracebackhide__ = True
-    found = Model(model if isinstance(model, type) else load_model(model), options)
+    if not (isinstance(model, str) or (isinstance(model, type) and issubclass(model, Device))):
+        raise OptionError(f"{model!r} is no model: give a class, a name of `vfio-user list`, or module:Class")
+    if not isinstance(options, Mapping):
+        raise OptionError(f"options={options!r}: write options={{name: text, ...}}")
+    found = Model(load_model(model) if isinstance(model, str) else model, options)
     parse_options(found.made_by, found.assignments)
     if found.made_by.state_version < 1:
         name = found.made_by.__name__

@@ -79,6 +79,35 @@ def test_nothing_was_imported():
 """
 
 
+WRONG = """
+import pytest
+from use import Sum
+
+@pytest.mark.parametrize("settings", [
+    {"options": {"memory": "3"}},
+    {"options": {"colour": "red"}},
+    {"options": ["memory=4K"]},
+    {"memory": [(1, 5)]},
+    {"memory": 4096},
+    {"colour": "red"},
+    {"moves": 0},
+])
+def test_settings(vfio_migration, settings):
+    vfio_migration.check("scratch", Sum().use, **settings)
+
+@pytest.mark.parametrize("model", ["nothing", 3, int, "faulty:Nothing", "no.such:Model"])
+def test_model(vfio_migration, model):
+    vfio_migration.check(model, Sum().use)
+
+def test_use(vfio_migration):
+    vfio_migration.check("scratch", 3)
+
+async def test_open(vfio_migration):
+    async with vfio_migration.open("scratch", options={"memory": "3"}):
+        pass
+"""
+
+
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> pytest.Pytester:
     """A folder with a device model and a guest that uses it."""
@@ -124,6 +153,28 @@ def test_the_options_are_documented(pytester: pytest.Pytester) -> None:
     text = run(pytester, "--help").stdout.str()
     assert all(name in text for name in ("--vfio-user-seed", "--vfio-user-moves", "--vfio-user-apart"))
     assert "vfio_migration" in run(pytester, "--fixtures").stdout.str()
+
+
+def test_a_mistake_in_a_test_is_shown_where_it_was_made(project: pytest.Pytester) -> None:
+    """Of the library nothing is shown; and the message says what there is, or what to write."""
+    project.makepyfile(test_wrong=WRONG)
+    done = run(project)
+    done.assert_outcomes(failed=14)
+    text = done.stdout.str()
+    places = re.findall(r"^(\S+\.py):\d+: ", text, re.MULTILINE)
+    assert places == ["test_wrong.py"] * 13, places  # a coroutine's is in an exception group
+    assert "/testing/" not in text
+    for hint in (
+        "a power of two from 4K to 1G, not '3'",
+        "its options are memory",
+        "options={name: text, ...}",
+        "write memory=[(address, size in bytes), ...]",
+        "there are options, memory, shared, compare",
+        "moves=0: at least 1",
+        "there are e1000, faulty, scratch, or package.module:Class",
+        "write `async def use(device, chance)`",
+    ):
+        assert hint in text, hint
 
 
 @pytest.mark.parametrize("words", [["--vfio-user-moves=0"], ["--vfio-user-seed=x"]])

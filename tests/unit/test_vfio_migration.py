@@ -2,13 +2,14 @@
 """The fixture `vfio_migration` on the models of the package, and what it notices."""
 
 import random
+import re
 from collections.abc import Callable
 
 import pytest
 
 from vfio_user.client.drivers.e1000 import E1000
 from vfio_user.client.drivers.e1000_traffic import Traffic
-from vfio_user.client.guest import GuestDevice
+from vfio_user.client.guest import Guest, GuestDevice
 from vfio_user.client.migration.report import MigrationError
 from vfio_user.device_models.device import Host, OptionError
 from vfio_user.device_models.fake_host import FakeHost
@@ -149,6 +150,40 @@ def test_what_the_guest_finds_is_raised_with_the_seed(tester: Tester) -> None:
         tester(77).check(Loose, use, compare=False, moves=40)
     assert found.value.__notes__[-1] == "repeat it with --vfio-user-seed=77"
     assert found.value.__notes__[0].startswith("move 1: v")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_client_that_does_not_stop_the_guest(
+    tester: Tester, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """A mutation of our own client: the guest goes on while its memory and its device's state are read."""
+
+    async def pause(_guest: Guest) -> None: ...
+
+    async def use(device: GuestDevice, _chance: random.Random) -> None:
+        seen[0] += 1
+        device.ram.write(SOURCE, seen[0].to_bytes(4, "little"))
+        await device.write(0, 0x10, seen[0])
+        assert await device.read(0, 0x10) == seen[0], "a write is lost"
+        assert device.ram.read(SOURCE, 4) == seen[0].to_bytes(4, "little"), "a write to memory is lost"
+
+    seen = [0]
+    monkeypatch.setattr(Guest, "pause", pause)
+    with pytest.raises((AssertionError, MigrationError)) as found:
+        tester().check(Scratch, use, moves=100, shared=shared)
+    assert re.search("pages of memory differ|would be saved|is lost", str(found.value)) is not None
+
+
+@pytest.mark.parametrize("moves", [0, -1])
+def test_no_moves_at_all_are_an_error(tester: Tester, moves: int) -> None:
+    with pytest.raises(ValueError, match=f"moves={moves}: at least 1"):
+        tester().check(Scratch, copy, moves=moves)
+
+
+async def test_no_moves_at_all_by_hand(tester: Tester) -> None:
+    async with tester().open(Scratch) as bed:
+        with pytest.raises(ValueError, match="moves=0: at least 1"):
+            await bed.roam(copy, moves=0)
 
 
 def choices(bed: MigrationBed) -> list[str]:
