@@ -14,6 +14,9 @@ from conformance.raw import Answer, RawClient, connect
 from vfio_user.client.memory import FIXED_SIZE, GuestRam, RamRange
 
 START, STOP, GET_BITMAP = 1, 2, 4
+TOP = (1 << 64) - PAGE
+SIZE = 16 * PAGE
+TIB = 1 << 40
 SOURCE = 1 << 50
 """Where the device copies from: a page that it can only read."""
 WAYS = {"mapped": (True, FIXED_SIZE), "file": (True, 0), "message": (False, 0)}

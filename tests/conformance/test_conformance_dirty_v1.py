@@ -8,11 +8,15 @@ from collections.abc import AsyncIterator
 import pytest
 
 from conformance import wire
+from conformance.dirty_log import DirtyLogTests, Log
 from conformance.dirtying import (
     GET_BITMAP,
+    SIZE,
     SOURCE,
     START,
     STOP,
+    TIB,
+    TOP,
     WAYS,
     Guest,
     dirty_guest,
@@ -23,20 +27,16 @@ from conformance.dirtying import (
     pages,
     unmap_v1,
 )
-from conformance.driving import PAGE, enable_bus_master, map_private, serve_dma, start_copy
+from conformance.driving import PAGE, start_copy
 from conformance.engines import Serve, Served
 from conformance.models import Blind
 from conformance.moving import EDITION_V1
-from conformance.raw import RawClient, connect
+from conformance.raw import RawClient
 from vfio_user.client.client import open_client
 from vfio_user.client.memory import GuestRam
 from vfio_user.protocol.values import Bitmap, BitmapRange
 
 pytestmark = EDITION_V1
-
-TOP = (1 << 64) - PAGE
-SIZE = 16 * PAGE
-TIB = 1 << 40
 
 
 @pytest.fixture
@@ -48,16 +48,19 @@ async def guest(scratch: Served) -> AsyncIterator[Guest]:
         yield guest
 
 
+async def start(raw: RawClient) -> None:
+    assert (await dirty_pages(raw, START)).ok == b""
+
+
+async def stop(raw: RawClient) -> None:
+    assert (await dirty_pages(raw, STOP)).ok == b""
+
+
+class TestLog(DirtyLogTests):
+    log = Log(start, stop, get_bitmap, dirty_v1)
+
+
 # START and STOP
-
-
-async def test_a_report_has_what_was_written_since_the_last_one(guest: Guest) -> None:
-    await guest.write(3 * PAGE + 5)
-    await guest.write(7 * PAGE - 1, 2)
-    assert await dirty_v1(guest.raw, 0, SIZE) == {3, 6, 7}
-    assert await dirty_v1(guest.raw, 0, SIZE) == set()
-    await guest.write(3 * PAGE)
-    assert await dirty_v1(guest.raw, 0, SIZE) == {3}
 
 
 async def test_the_reply_is_as_specified(guest: Guest) -> None:
@@ -81,20 +84,6 @@ async def test_a_second_start_is_harmless(guest: Guest) -> None:
     await guest.write(2 * PAGE)
     assert (await dirty_pages(guest.raw, START)).ok == b""
     assert await dirty_v1(guest.raw, 0, SIZE) == {2}
-
-
-async def test_stop_ends_and_forgets(guest: Guest) -> None:
-    await guest.write(2 * PAGE)
-    for _ in range(2):
-        assert (await dirty_pages(guest.raw, STOP)).ok == b""
-        assert (await get_bitmap(guest.raw, 0, SIZE)).errno == errno.EINVAL
-    await guest.write(3 * PAGE)
-    assert (await dirty_pages(guest.raw, START)).ok == b""
-    assert await dirty_v1(guest.raw, 0, SIZE) == set()
-
-
-async def test_stop_without_start_is_harmless(raw: RawClient) -> None:
-    assert (await dirty_pages(raw, STOP)).ok == b""
 
 
 @pytest.mark.parametrize("flags", [0, START | STOP, START | GET_BITMAP, 7, 8, 1 << 31])
@@ -121,27 +110,6 @@ async def test_a_body_that_is_cut_is_refused(guest: Guest) -> None:
 # Which writes
 
 
-@pytest.mark.parametrize("way", ["mapped", "file"])
-@pytest.mark.parametrize("length", [1, PAGE, PAGE + 1, 5 * PAGE])
-async def test_writes_to_memory_with_a_descriptor_are_logged(scratch: Served, way: str, length: int) -> None:
-    async with dirty_guest(scratch.path) as guest:
-        await guest.map(0, SIZE, way)
-        assert (await dirty_pages(guest.raw, START)).ok == b""
-        await guest.write(2 * PAGE + 9, length)
-        assert await dirty_v1(guest.raw, 0, SIZE) == set(range(2, 2 + (9 + length - 1) // PAGE + 1))
-
-
-async def test_writes_by_message_are_not_logged(scratch: Served) -> None:
-    """The client makes them itself, and knows."""
-    async with connect(scratch.path) as raw:
-        await map_private(raw, 0, SIZE)
-        await enable_bus_master(raw)
-        assert (await dirty_pages(raw, START)).ok == b""
-        await start_copy(raw, 0, 3 * PAGE, 8)
-        await serve_dma(raw, bytearray(SIZE), 2)
-        assert await dirty_v1(raw, 0, SIZE) == set()
-
-
 async def test_a_write_across_regions_is_logged_where_it_went(scratch: Served) -> None:
     async with dirty_guest(scratch.path) as guest:
         await guest.map(0, 2 * PAGE)
@@ -156,12 +124,6 @@ async def test_reading_makes_nothing_dirty(guest: Guest) -> None:
     await start_copy(guest.raw, 0, SOURCE, 8)  # the source cannot be written
     assert await dirty_v1(guest.raw, 0, SIZE) == set()
     assert await dirty_v1(guest.raw, SOURCE, 64 * PAGE) == set()
-
-
-async def test_a_region_that_comes_while_pages_are_logged(guest: Guest) -> None:
-    await guest.map(1 << 30, 4 * PAGE)
-    await guest.write((1 << 30) + 2 * PAGE)
-    assert await dirty_v1(guest.raw, 1 << 30, 4 * PAGE) == {2}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -182,34 +144,11 @@ async def test_a_device_that_cannot_tell_has_all_that_it_could_write(
 # Ranges
 
 
-async def test_a_range_may_span_regions_and_holes(scratch: Served) -> None:
-    async with dirty_guest(scratch.path) as guest:
-        for first, count in ((0, 3), (3, 2), (9, 4), (40, 100)):
-            await guest.map(first * PAGE, count * PAGE)
-        assert (await dirty_pages(guest.raw, START)).ok == b""
-        written = {0, 2, 3, 4, 9, 12, 40, 64, 71, 139}
-        for page in written:
-            await guest.write(page * PAGE)
-        assert await dirty_v1(guest.raw, 0, 200 * PAGE) == written
-        assert await dirty_v1(guest.raw, 0, 200 * PAGE) == set()
-
-
 async def test_a_range_may_begin_and_end_inside_a_region(guest: Guest) -> None:
     for page in (3, 4, 7, 8):
         await guest.write(page * PAGE)
     assert await dirty_v1(guest.raw, 4 * PAGE, 4 * PAGE) == {0, 3}
     assert await dirty_v1(guest.raw, 0, SIZE) == {3, 8}, "the others have been reported"
-
-
-async def test_where_nothing_is_mapped_nothing_is_dirty(guest: Guest) -> None:
-    assert await dirty_v1(guest.raw, 1 << 40, 64 * PAGE) == set()
-    assert await dirty_v1(guest.raw, TOP, PAGE) == set()
-
-
-async def test_the_last_page_of_the_address_space(guest: Guest) -> None:
-    await guest.map(TOP - PAGE, 2 * PAGE)
-    await guest.write(TOP)
-    assert await dirty_v1(guest.raw, TOP - 3 * PAGE, 4 * PAGE) == {3}
 
 
 @pytest.mark.parametrize(
@@ -408,28 +347,6 @@ async def test_a_log_goes_with_its_region(scratch: Served) -> None:
 
 
 # Reset, and the end of a client
-
-
-async def test_a_reset_leaves_the_log_as_it_is(guest: Guest) -> None:
-    """It belongs to the client's memory, not to the device; a guest may well reboot while it is moved."""
-    await guest.write(2 * PAGE)
-    assert (await guest.raw.call(wire.RESET)).ok == b""
-    await enable_bus_master(guest.raw)
-    await guest.write(5 * PAGE)
-    assert await dirty_v1(guest.raw, 0, SIZE) == {2, 5}
-
-
-async def test_logging_ends_with_the_client(scratch: Served) -> None:
-    async with dirty_guest(scratch.path) as guest:
-        await guest.map(0, SIZE)
-        assert (await dirty_pages(guest.raw, START)).ok == b""
-        await guest.write(0)
-    async with dirty_guest(scratch.path) as guest:
-        await guest.map(0, SIZE)
-        assert (await get_bitmap(guest.raw, 0, SIZE)).errno == errno.EINVAL
-        await guest.write(PAGE)
-        assert (await dirty_pages(guest.raw, START)).ok == b""
-        assert await dirty_v1(guest.raw, 0, SIZE) == set()
 
 
 async def test_a_client_that_leaves_a_long_report_unread(scratch: Served) -> None:

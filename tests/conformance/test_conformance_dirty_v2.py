@@ -7,9 +7,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from conformance import wire
+from conformance.dirty_log import DirtyLogTests, Log
 from conformance.dirtying import (
+    SIZE,
     START,
+    TIB,
+    TOP,
     WAYS,
     Guest,
     dirty_guest,
@@ -22,20 +25,17 @@ from conformance.dirtying import (
     rounded,
     unmap_v1,
 )
-from conformance.driving import PAGE, enable_bus_master, map_private, serve_dma, start_copy
+from conformance.driving import PAGE, start_copy
 from conformance.engines import Serve, Served
 from conformance.models import Blind
 from conformance.moving import GET, LOGGING_REPORT, LOGGING_START, LOGGING_STOP, NATIVE, SET, feature
-from conformance.raw import RawClient, connect
+from conformance.raw import RawClient
 from vfio_user.client.client import open_client
 from vfio_user.client.errors import RemoteError
 from vfio_user.protocol.values import DmaLoggingRange
 
 pytestmark = NATIVE
 
-TOP = (1 << 64) - PAGE
-SIZE = 16 * PAGE
-TIB = 1 << 40
 U64 = (1 << 64) - 1
 
 
@@ -48,16 +48,19 @@ async def guest(scratch: Served) -> AsyncIterator[Guest]:
         yield guest
 
 
+async def start(raw: RawClient) -> None:
+    assert (await logging_start(raw)).ok
+
+
+async def stop(raw: RawClient) -> None:
+    assert (await logging_stop(raw)).ok == struct.pack("=II", 8, SET | LOGGING_STOP)
+
+
+class TestLog(DirtyLogTests):
+    log = Log(start, stop, logging_report, dirty_v2)
+
+
 # START and STOP
-
-
-async def test_a_report_has_what_was_written_since_the_last_one(guest: Guest) -> None:
-    await guest.write(3 * PAGE + 5)
-    await guest.write(7 * PAGE - 1, 2)
-    assert await dirty_v2(guest.raw, 0, SIZE) == {3, 6, 7}
-    assert await dirty_v2(guest.raw, 0, SIZE) == set()
-    await guest.write(3 * PAGE)
-    assert await dirty_v2(guest.raw, 0, SIZE) == {3}
 
 
 RANGES = {
@@ -150,48 +153,7 @@ async def test_a_second_start_is_refused(guest: Guest) -> None:
     assert await dirty_v2(guest.raw, 0, SIZE) == {2}
 
 
-async def test_stop_ends_and_forgets(guest: Guest) -> None:
-    await guest.write(2 * PAGE)
-    for _ in range(2):
-        assert (await logging_stop(guest.raw)).ok == struct.pack("=II", 8, SET | LOGGING_STOP)
-        assert (await logging_report(guest.raw, 0, SIZE)).errno == errno.EINVAL
-    await guest.write(3 * PAGE)
-    assert (await logging_start(guest.raw)).ok
-    assert await dirty_v2(guest.raw, 0, SIZE) == set()
-
-
-async def test_stop_without_start_is_harmless(raw: RawClient) -> None:
-    assert (await logging_stop(raw)).ok
-
-
 # REPORT: what is in it
-
-
-@pytest.mark.parametrize("way", ["mapped", "file"])
-@pytest.mark.parametrize("length", [1, PAGE, PAGE + 1, 5 * PAGE])
-async def test_writes_to_memory_with_a_descriptor_are_logged(scratch: Served, way: str, length: int) -> None:
-    async with dirty_guest(scratch.path) as guest:
-        await guest.map(0, SIZE, way)
-        assert (await logging_start(guest.raw)).ok
-        await guest.write(2 * PAGE + 9, length)
-        assert await dirty_v2(guest.raw, 0, SIZE) == set(range(2, 2 + (9 + length - 1) // PAGE + 1))
-
-
-async def test_writes_by_message_are_not_logged(scratch: Served) -> None:
-    """The client makes them itself, and knows."""
-    async with connect(scratch.path) as raw:
-        await map_private(raw, 0, SIZE)
-        await enable_bus_master(raw)
-        assert (await logging_start(raw)).ok
-        await start_copy(raw, 0, 3 * PAGE, 8)
-        await serve_dma(raw, bytearray(SIZE), 2)
-        assert await dirty_v2(raw, 0, SIZE) == set()
-
-
-async def test_a_region_that_comes_while_pages_are_logged(guest: Guest) -> None:
-    await guest.map(1 << 30, 4 * PAGE)
-    await guest.write((1 << 30) + 2 * PAGE)
-    assert await dirty_v2(guest.raw, 1 << 30, 4 * PAGE) == {2}
 
 
 async def test_the_pages_of_a_region_that_went_are_reported_once(guest: Guest) -> None:
@@ -252,35 +214,12 @@ async def test_a_read_only_region_is_never_dirty(scratch: Served) -> None:
 # REPORT: ranges and page sizes
 
 
-async def test_a_range_may_span_regions_and_holes(scratch: Served) -> None:
-    async with dirty_guest(scratch.path) as guest:
-        for first, count in ((0, 3), (3, 2), (9, 4), (40, 100)):
-            await guest.map(first * PAGE, count * PAGE)
-        assert (await logging_start(guest.raw)).ok
-        written = {0, 2, 3, 4, 9, 12, 40, 64, 71, 139}
-        for page in written:
-            await guest.write(page * PAGE)
-        assert await dirty_v2(guest.raw, 0, 200 * PAGE) == written
-        assert await dirty_v2(guest.raw, 0, 200 * PAGE) == set()
-
-
 @pytest.mark.parametrize("offset", [0, 1, 7, 8, 9])
 async def test_a_range_may_begin_and_end_inside_a_region(guest: Guest, offset: int) -> None:
     for page in range(SIZE // PAGE):
         await guest.write(page * PAGE)
     assert await dirty_v2(guest.raw, offset * PAGE, 4 * PAGE) == {0, 1, 2, 3}
     assert await dirty_v2(guest.raw, 0, SIZE) == set(range(16)) - set(range(offset, offset + 4))
-
-
-async def test_where_nothing_is_mapped_nothing_is_dirty(guest: Guest) -> None:
-    assert await dirty_v2(guest.raw, 1 << 40, 64 * PAGE) == set()
-    assert await dirty_v2(guest.raw, TOP, PAGE) == set()
-
-
-async def test_the_last_page_of_the_address_space(guest: Guest) -> None:
-    await guest.map(TOP - PAGE, 2 * PAGE)
-    await guest.write(TOP)
-    assert await dirty_v2(guest.raw, TOP - 3 * PAGE, 4 * PAGE) == {3}
 
 
 @pytest.mark.parametrize("tracked", [12, 13, 16, 21])
@@ -391,27 +330,6 @@ async def test_the_bitmap_of_a_tebibyte_comes_in_one_reply(guest: Guest) -> None
 
 
 # Beside other things
-
-
-async def test_a_reset_leaves_the_log_as_it_is(guest: Guest) -> None:
-    """As the kernel's drivers do: a guest may well reboot while it is moved."""
-    await guest.write(2 * PAGE)
-    assert (await guest.raw.call(wire.RESET)).ok == b""
-    await enable_bus_master(guest.raw)
-    await guest.write(5 * PAGE)
-    assert await dirty_v2(guest.raw, 0, SIZE) == {2, 5}
-
-
-async def test_logging_ends_with_the_client(scratch: Served) -> None:
-    async with dirty_guest(scratch.path) as guest:
-        await guest.map(0, SIZE)
-        assert (await logging_start(guest.raw)).ok
-        await guest.write(0)
-    async with dirty_guest(scratch.path) as guest:
-        await guest.map(0, SIZE)
-        assert (await logging_report(guest.raw, 0, SIZE)).errno == errno.EINVAL
-        assert (await logging_start(guest.raw)).ok
-        assert await dirty_v2(guest.raw, 0, SIZE) == set()
 
 
 async def test_both_editions_have_one_log(guest: Guest) -> None:
