@@ -68,6 +68,7 @@ async def visit(path: Path, fd: int, event: int) -> None:
 
 async def test_clients_that_come_and_go(server: tuple[Path, Child]) -> None:
     path, child = server
+    alone = holdings(child.pid)
     event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     try:
         with GuestRam() as ram:
@@ -75,7 +76,7 @@ async def test_clients_that_come_and_go(server: tuple[Path, Child]) -> None:
             assert fd is not None
             for _ in range(CLIENTS // 4):
                 await visit(path, fd, event)
-            child.counters()  # it has seen the last one leave
+            await expect_holdings(child.pid, alone)  # it has seen the last one leave
             before = Size(child.pid)
             for _ in range(CLIENTS):
                 await visit(path, fd, event)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from vfio_user.benchmarks.dma_runs import map_pair
-from vfio_user.benchmarks.guest_bed import BEST, BUILT_IN, NICS, OURS, ping_times, received_rate
+from vfio_user.benchmarks.guest_bed import BEST, BUILT_IN, DEFAULT, NICS, OURS, ping_times, received_rate
 from vfio_user.benchmarks.guest_runs import turned
 from vfio_user.benchmarks.processes import BenchmarkError
 from vfio_user.benchmarks.results import Results
@@ -73,8 +73,11 @@ def test_a_failed_run_is_told_in_its_own_words() -> None:
 
 
 def test_each_nic_is_first_in_turn() -> None:
-    assert [turned(NICS, number)[0] for number in range(4)] == [OURS, BEST, BUILT_IN, OURS]
-    assert all(sorted(nic.key for nic in turned(NICS, n)) == ["best", "built-in", "ours"] for n in range(3))
+    assert [turned(NICS, number)[0] for number in range(4)] == [DEFAULT, OURS, BEST, BUILT_IN]
+    assert all(
+        sorted(nic.key for nic in turned(NICS, n)) == ["best", "built-in", "default", "ours"]
+        for n in range(4)
+    )
 
 
 def test_nics_share_nothing() -> None:
