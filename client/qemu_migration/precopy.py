@@ -6,10 +6,10 @@ import trio
 from vfio_user.client.qemu_migration.facts import DeviceFacts, Facts, ask_qemu
 from vfio_user.client.qemu_migration.move import Move, MovingDevice, within
 from vfio_user.client.qemu_migration.preflight import find_reasons
-from vfio_user.client.qemu_migration.qemu_side import ENDED
 from vfio_user.client.qemu_migration.report import MoveError, Progress, Refused, Step, Where
 from vfio_user.client.qemu_migration.request import Writes
 from vfio_user.client.qemu_migration.settings import Settings
+from vfio_user.client.qemu_migration.together import side_by_side
 from vfio_user.client.qemu_migration.view import ask_chipset
 from vfio_user.client.qemu_migration.view import check as check_view
 from vfio_user.client.qemu_migration.writes import LOOK_SECONDS, LOOKS, choose, horizon, too_many
@@ -127,12 +127,10 @@ async def copy(move: Move) -> None:
     await move.each(_forget)
     move.mark("migrate")
     await move.source.qmp.execute("migrate", uri=move.request.uri)
-    while move.source.status != SWITCHED:
-        await _watch(move)
-        if move.source.status in ENDED or move.source.lost():
-            await move.source.until(SWITCHED)  # says how it ended
-        if move.source.status != SWITCHED:
-            await move.source.news(LOOK_AGAIN)
+    async with side_by_side() as nursery:
+        nursery.start_soon(_watch, move)
+        await move.source.until(SWITCHED)
+        nursery.cancel_scope.cancel()  # an answer that nobody waits for any more would be downtime
 
 
 async def _forget(device: MovingDevice) -> None:
@@ -143,9 +141,13 @@ async def _forget(device: MovingDevice) -> None:
 
 
 async def _watch(move: Move) -> None:
+    while True:
+        await _look_at_all(move)
+        await trio.sleep(LOOK_AGAIN)
+
+
+async def _look_at_all(move: Move) -> None:
     answer = await move.source.query()
-    if move.source.status == SWITCHED:
-        return
     await move.each(lambda device: _look(move, device))
     pages = sum(device.growth.pages for device in move.devices)
     if move.request.writes is Writes.AUTO and too_many(pages):

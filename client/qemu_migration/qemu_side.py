@@ -75,7 +75,10 @@ class QemuSide:
     async def query(self) -> Mapping[str, Any]:
         """QEMU's `query-migrate`; its state is taken over, in case that an event was missed. QmpLost."""
         answer: Mapping[str, Any] = await self.qmp.execute("query-migrate")
-        self.status = str(answer.get("status", self.status))
+        status = str(answer.get("status", self.status))
+        if status != self.status:
+            self.status = status
+            self._lot.unpark_all()
         return answer
 
     async def run_state(self) -> str:
