@@ -10,12 +10,11 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from typing import Protocol
 
+from vfio_user.protocol.bitmaps import ADDRESS_SPACE
 from vfio_user.protocol.constants import DEFAULT_MAX_DMA_MAPS
 from vfio_user.protocol.errors import DeviceError, RemoteProtocolError
 from vfio_user.server.dma_region import DmaRegion, MappedRegion, RegionSpec, open_region
 from vfio_user.transport.fds import OwnedFd
-
-ADDRESS_SPACE = 1 << 64
 
 MAX_MAPPED = 32 << 40
 """Bytes of a client's memory that are mapped at a time. A sealed memfd costs its owner nothing, however long,

@@ -13,17 +13,16 @@ When a step fails:
 
 import errno
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 from vfio_user.device_models.device import Device
 from vfio_user.device_models.regions import Buffer
-from vfio_user.device_models.state import Apply, StateError, load_sections, save_sections
-from vfio_user.device_models.state_memory import StateMemory
+from vfio_user.device_models.state import StateError
 from vfio_user.protocol.constants import MigrationState
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.protocol.migration import STATES, Path, path, v1_path
 from vfio_user.server.migration.reader import StreamReader
+from vfio_user.server.migration.restore import NotUndone, Stoppable, restore
 from vfio_user.server.migration.stream import Shape
 from vfio_user.server.migration.writer import StreamWriter
 
@@ -32,26 +31,6 @@ logger = logging.getLogger(__name__)
 _S = MigrationState
 _RESTORE = (_S.RESUMING, _S.STOP)
 _HANDED_OVER = (_S.STOP, _S.STOP_COPY)
-
-
-class Stoppable(Protocol):
-    """What the engine needs of a host: `device_models.host.HostBase` and all that derive from it."""
-
-    @property
-    def running(self) -> bool:
-        """Whether tasks and device time go on."""
-
-    def settle(self) -> None:
-        """Let tasks take note of the replies that have come, and begin no DMA if the device is stopped."""
-
-    def stop(self) -> None:
-        """Freeze tasks and device time, fire no interrupt; remember what is started."""
-
-    def resume(self) -> None:
-        """Go on."""
-
-    def reset(self) -> None:
-        """Forget tasks and timers."""
 
 
 class MigrationEngine:
@@ -264,34 +243,14 @@ class MigrationEngine:
         self._reader = StreamReader(Shape.of(self._device))
 
     def _restore(self) -> None:
-        """Swap the new state in. If anything raises, the device has the state of before."""
+        """Swap the new state in. If anything raises, the device has the state of before, or is broken."""
         assert self._reader is not None
-        staged = self._reader.finish()
-        sections, memories = self._device.sections(), self._device.memories()
-        applies = load_sections(sections, staged.sections)
-        undo = load_sections(sections, save_sections(sections))
-        self._host.reset()  # tasks and timers of the state that goes
-        before: list[tuple[StateMemory, memoryview]] = []
         try:
-            _apply_all(applies)
-            for name, memory in memories.items():
-                before.append((memory, memory.adopt(staged.memories[name])))
-            self._device.restored()
-        except Exception:
-            self._undo(undo, before)
-            raise
-        self._reader = None
-
-    def _undo(self, applies: Sequence[Apply], memories: Sequence[tuple[StateMemory, memoryview]]) -> None:
-        self._host.reset()
-        try:
-            for memory, before in memories:
-                memory.adopt(before)
-            _apply_all(applies)
-            self._device.restored()
-        except Exception:
-            logger.exception("%s cannot go back to the state of before", self._device.model)
+            restore(self._device, self._host, self._reader.finish())
+        except NotUndone as error:
             self._broken = True
+            raise error.reason from None
+        self._reader = None
 
 
 ACTIONS: Mapping[tuple[MigrationState, MigrationState], Callable[[MigrationEngine], None]] = {
@@ -312,11 +271,6 @@ ACTIONS: Mapping[tuple[MigrationState, MigrationState], Callable[[MigrationEngin
     (_S.PRE_COPY_P2P, _S.STOP_COPY): MigrationEngine._complete_saving,
 }
 """What is done on each arc of `protocol.migration.STATES`; a test compares the two."""
-
-
-def _apply_all(applies: Sequence[Apply]) -> None:
-    for apply in applies:
-        apply()
 
 
 def _as_device_error(doing: str, error: Exception) -> DeviceError:
