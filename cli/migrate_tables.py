@@ -42,8 +42,8 @@ def rounds_table(report: Report) -> Table:
 
 def devices_table(report: Report) -> Table:
     """A row for each device; its four times ran side by side."""
-    heads = ("device", "writes", "pages", "state KiB", "stop", "log", "state", "intx", "view")
-    table = make_table("Devices while the guest stood still, milliseconds", heads, left=2)
+    heads = ("device", "writes", "pages", "KiB", "stop", "log", "state", "intx", "view")
+    table = make_table("Devices: writes, state, and milliseconds while the guest stood still", heads, left=2)
     for device in report.devices:
         table.add_row(device.id, *_device(device))
     return table

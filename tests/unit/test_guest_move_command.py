@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`vfio-user migrate`: its words, its files and its exit status."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import trio
+from rich.console import Console
+
+from guest_moves.fake_qemu import FakeQemu, fake_pair
+from migration.control_bed import SMALL_RAM, opened
+from vfio_user.cli.main import main
+from vfio_user.cli.migrate import Display
+from vfio_user.cli.migrate_tables import story, tables
+from vfio_user.client.qemu_migration.report import (
+    DeviceReport,
+    Downtime,
+    Outcome,
+    Progress,
+    Report,
+    Round,
+    Step,
+)
+from vfio_user.client.qemu_migration.request import Writes
+
+
+def run(words: list[str]) -> tuple[object, str, str]:
+    """Exit status, standard output and error."""
+    output, errors = StringIO(), StringIO()
+    with redirect_stdout(output), redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+        main.main(["migrate", *words], prog_name="vfio-user")
+    return ended.value.code or 0, output.getvalue(), errors.getvalue()
+
+
+def no_signals(*_: object) -> nullcontext[None]:
+    """Signals are the main thread's, and the command runs in another one here."""
+    return nullcontext()
+
+
+class Bed:
+    def __init__(self, folder: Path, source: FakeQemu, destination: FakeQemu) -> None:
+        self.folder, self.source, self.destination = folder, source, destination
+        self.words = [
+            "tcp:127.0.0.1:4444",
+            *("--source-qmp", str(source.path), "--destination-qmp", str(destination.path)),
+            *("--device", f"dev={folder / 'a.control'},{folder / 'b.control'}", "--writes", "hand-over"),
+        ]
+
+    async def run(self, *more: str) -> tuple[object, str, str]:
+        """In a thread, for it has an event loop of its own."""
+        with trio.fail_after(30):
+            return await trio.to_thread.run_sync(run, [*self.words, *more])
+
+
+@pytest.fixture
+async def bed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bed]:
+    monkeypatch.setattr("vfio_user.cli.migrate._signals_cancel", no_signals)
+    monkeypatch.setenv("COLUMNS", "100")
+    async with (
+        opened(tmp_path, name="a", options=SMALL_RAM) as (_, _, vmm),
+        opened(tmp_path, name="b", options=SMALL_RAM) as (_, _, other),
+        fake_pair(tmp_path, {"dev": vmm}, {"dev": other}) as pair,
+    ):
+        yield Bed(tmp_path, *pair)
+
+
+async def test_a_move_with_a_report_and_a_picture(bed: Bed) -> None:
+    report, plot = bed.folder / "report.json", bed.folder / "plot.svg"
+    status, output, errors = await bed.run("--report", str(report), "--plot", str(plot))
+    assert (status, errors) == (0, ""), (output, errors)
+    assert "copy memory while the guest runs" in output
+    assert "Downtime in milliseconds" in output
+    assert "destination: its guest runs; dev runs" in output
+    assert "never continue it" in output
+    written = json.loads(report.read_text())
+    assert (written["outcome"], written["guest"], written["writes"]) == (
+        "completed",
+        "destination",
+        "hand-over",
+    )
+    assert written["downtime"]["total"] > 0
+    assert written["devices"][0]["id"] == "dev"
+    assert plot.read_text().startswith("<?xml")
+
+
+async def test_a_move_that_fails_says_who_has_the_guest(bed: Bed) -> None:
+    report = bed.folder / "report.json"
+    bed.source.hooks["finish"] = lambda qemu: qemu.fail("failed")
+    status, output, errors = await bed.run("--report", str(report))
+    assert (status, errors) == (1, "")
+    assert "the migration was given up while it was to let QEMU send the last pages" in output
+    assert "source: its guest runs; dev runs" in output
+    assert json.loads(report.read_text())["failure"]["where"] == "source"
+
+
+async def test_a_move_that_cannot_be_is_one_line(bed: Bed) -> None:
+    bed.source.capabilities["postcopy-ram"] = True
+    status, _, errors = await bed.run()
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "postcopy-ram is on at the source" in errors
+    assert "migrate" not in bed.source.commands
+
+
+HERE = ["--source-qmp", "/a", "--destination-qmp", "/b", "--device", "x=/c,/d"]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "Missing"),
+        (["tcp:h:1"], "Missing option"),
+        (["h:1", *HERE[:4]], "--device"),
+        (["tcp:h:1", *HERE[:5], "x"], "'x' is not ID="),
+        (["tcp:h:1", *HERE, *HERE[4:]], "named twice"),
+        (["nonsense", *HERE], "none of QEMU's"),
+        (["file:/x", *HERE], "does not do"),
+        (["tcp:h:1", *HERE, "--timeout", "0"], "--timeout"),
+        (["tcp:h:1", *HERE, "--downtime-limit", "soon"], "--downtime-limit"),
+        (["tcp:h:1", *HERE, "--writes", "never"], "--writes"),
+        (["tcp:h:1", *HERE, "--plot", "/tmp/x.pdf"], ".png or .svg"),
+        (["tcp:h:1", *HERE, "--report", "/nowhere/x"], "a folder that is there"),
+        (["tcp:h:1", *HERE], "the source's QEMU: /a cannot be connected to"),
+    ],
+)
+def test_wrong_words_are_one_line(words: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vfio_user.cli.migrate._signals_cancel", no_signals)
+    status, _, errors = run(words)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert complaint in errors
+
+
+REPORT = Report(
+    Outcome.COMPLETED,
+    "destination",
+    "its guest has been moved away",
+    "its guest runs",
+    2.5,
+    Writes.WRITE_THROUGH,
+    rounds=(Round(1, 900, 900, 65_000, 90 << 20), Round(2, 1800, 40, 300, 1 << 20, True)),
+    downtime=Downtime(3, 8, 9, 6, 4),
+    qemu_downtime=21,
+    devices=(
+        DeviceReport("nic0", "e1000", True, 98_304, 0, 1_234_567, True, 1.5, 2.5, 7.5, 3.5, 4.5),
+        DeviceReport("nic1", "e1000", False, 4096, 321),
+    ),
+    ram={"normal": 60_000, "duplicate": 5_300, "transferred": 95 << 20},
+)
+
+
+def test_the_tables_fit_80_columns() -> None:
+    console = Console(file=StringIO(), width=80)
+    for table in tables(REPORT):
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    for words in ("65,000", "pass 2, guest stopped", "1,234,567", "321", "30.0", "65,300"):
+        assert words in text, words
+
+
+def test_what_is_shown_while_it_runs() -> None:
+    console = Console(file=StringIO(), width=100)
+    looks = Progress(Step.PRECOPY, 1.0, 5 << 20, 3 << 20, 8 << 20, 2, device_pages=1500)
+    with Display(console) as display:
+        for step in Step:
+            display.tell(replace(looks, step=step))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert [step.value in text for step in (Step.PRECOPY, Step.STOP, Step.DONE)] == [True, False, True]
+    assert story(looks) == "pass 2: 3 of 8 MiB left, 5 MiB sent; device: 1,500 pages in the log"
+    assert "writes through" in story(replace(looks, write_through=True))
