@@ -20,6 +20,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from vfio_user.client.qemu_migration.preflight import CHECKS
+from vfio_user.client.qemu_migration.way_back import WAY_BACK
 from vfio_user.device_models.catalog import MODELS, load_model
 from vfio_user.device_models.e1000.device import REGISTERS
 from vfio_user.device_models.e1000.options import OPTIONS
@@ -178,6 +180,18 @@ def _revisions(abis: frozenset[Abi]) -> str:
     return {EVERY: "all", V1_ONLY: "v1", V2_ONLY: "v2"}[abis]
 
 
+def guest_move_checks() -> str:
+    """From the rows of `qemu_migration.preflight`."""
+    return "".join(f"- {check.text}\n" for check in CHECKS)
+
+
+def guest_move_way_back() -> str:
+    """From the rows of `qemu_migration.way_back`."""
+    rows = ((str(number), row.undoes.value, row.text) for number, row in enumerate(WAY_BACK, 1))
+    return table(("", "if it had begun to", "then"), rows)
+
+
+
 PARTS: Mapping[str, tuple[str, Callable[[], str]]] = {
     "commands": ("docs/compliance.md", commands_table),
     "models": ("README.md", models_table),
@@ -188,6 +202,8 @@ PARTS: Mapping[str, tuple[str, Callable[[], str]]] = {
     "migration v1 diagram": ("docs/migration.md", migration_v1_diagram),
     "migration paths": ("docs/migration.md", migration_paths_table),
     "control methods": ("docs/control.md", control_methods_table),
+    "guest move checks": ("docs/qemu-migration.md", guest_move_checks),
+    "guest move way back": ("docs/qemu-migration.md", guest_move_way_back),
     "libvfio-user limits": ("docs/compliance.md", libvfio_user_limits_table),
 }
 """By name: the file, and what makes the part."""

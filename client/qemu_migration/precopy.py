@@ -109,8 +109,8 @@ async def _look(move: Move, device: MovingDevice) -> None:
 
 async def _set(move: Move) -> None:
     assert move.facts is not None
-    source = Settings(move.source.qmp, move.facts.source)
-    destination = Settings(move.destination.qmp, move.facts.destination)
+    source = Settings(move.source, move.facts.source)
+    destination = Settings(move.destination, move.facts.destination)
     move.settings += [source, destination]
     await source.set_capabilities({"events": True, "pause-before-switchover": True})
     await destination.set_capabilities({"events": True})

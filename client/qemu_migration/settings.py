@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from vfio_user.client.qemu_migration.facts import QemuFacts
-from vfio_user.client.qemu_migration.qmp import Qmp
+from vfio_user.client.qemu_migration.qemu_side import QemuSide
 
 
 class Settings:
     """Of one QEMU; `facts` say what they were before."""
 
-    def __init__(self, qmp: Qmp, facts: QemuFacts) -> None:
-        self._qmp = qmp
+    def __init__(self, side: QemuSide, facts: QemuFacts) -> None:
+        self._side = side
         self._facts = facts
         self._capabilities: dict[str, bool] = {}
         self._parameters: dict[str, Any] = {}
@@ -31,7 +31,7 @@ class Settings:
         changed = {name: value for name, value in wanted.items() if had.get(name) != value}
         self._parameters |= {name: had[name] for name in changed if name in had}
         if changed:
-            await self._qmp.execute("migrate-set-parameters", **changed)
+            await self._side.qmp.execute("migrate-set-parameters", **changed)
 
     async def put_back(self) -> None:
         """QmpError, QmpLost; QEMU takes no other capabilities while it migrates."""
@@ -39,9 +39,9 @@ class Settings:
             await self._send_capabilities(self._capabilities)
             self._capabilities = {}
         if self._parameters:
-            await self._qmp.execute("migrate-set-parameters", **self._parameters)
+            await self._side.qmp.execute("migrate-set-parameters", **self._parameters)
             self._parameters = {}
 
     async def _send_capabilities(self, values: Mapping[str, bool]) -> None:
         rows = [{"capability": name, "state": on} for name, on in values.items()]
-        await self._qmp.execute("migrate-set-capabilities", capabilities=rows)
+        await self._side.qmp.execute("migrate-set-capabilities", capabilities=rows)

@@ -57,6 +57,25 @@ async def _cancel_transfer(device: MovingDevice) -> None:
         await device.source.call("cancel")
 
 
+_ALONE = "the source's QEMU cannot be told: the destination was ended, so that its migration fails"
+_STUCK = (
+    "the source's guest stands still, and its QEMU cannot be told to go on: reach its monitor, and send "
+    "migrate_cancel"
+)
+
+
+async def _reach_monitors(move: Move) -> None:
+    """New connections where the old ones were lost. If the source's cannot be had, the destination ends:
+    QEMU's migration then fails by itself; not if it waits for the word to go on."""
+    for side in (move.source, move.destination):
+        if side.lost():
+            with contextlib.suppress(QmpLost):
+                await move.reconnect(side)
+    if move.source.lost() and move.trail.has(Step.PRECOPY):
+        await _end_destination(move)
+        move.trail.note(_STUCK if move.source.status == "pre-switchover" else _ALONE)
+
+
 async def cancel_qemu(move: Move) -> None:
     """Returns once the source's migration has ended, one way or the other. QmpLost."""
     await move.source.query()
@@ -113,6 +132,7 @@ async def _reset_destinations(move: Move) -> None:
 
 WAY_BACK: tuple[Row, ...] = (
     Row(Step.STATE, "let the source's devices go on, before the CPUs do", _resume_sources),
+    Row(Step.CONNECT, "reach monitors that were lost", _reach_monitors),
     Row(Step.PRECOPY, "cancel QEMU's migration, and wait for its end", cancel_qemu),
     Row(Step.PRECOPY, "see that the source's CPUs run again", _run_source),
     Row(Step.MEASURE, "switch write-through off", _write_by_mapping),
