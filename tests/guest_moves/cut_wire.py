@@ -17,9 +17,15 @@ class Wire:
     def __init__(self, path: Path, target: Path) -> None:
         self.path, self._target = path, target
         self._scope = trio.CancelScope()
+        self._connections: list[trio.CancelScope] = []
 
     def cut(self) -> None:
         self._scope.cancel()
+
+    def drop(self) -> None:
+        """Ends the connections; new ones are possible."""
+        for scope in self._connections:
+            scope.cancel()
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         listener = trio.socket.socket(trio.socket.AF_UNIX)
@@ -34,6 +40,13 @@ class Wire:
         self.path.unlink()
 
     async def _connect(self, near: trio.SocketStream) -> None:
+        scope = trio.CancelScope()
+        self._connections.append(scope)
+        # Where nobody is there any more, the near end is closed too.
+        with scope, contextlib.suppress(OSError):
+            await self._join(near)
+
+    async def _join(self, near: trio.SocketStream) -> None:
         async with (
             near,
             await trio.open_unix_socket(self._target) as far,
