@@ -191,7 +191,6 @@ def guest_move_way_back() -> str:
     return table(("", "if it had begun to", "then"), rows)
 
 
-
 PARTS: Mapping[str, tuple[str, Callable[[], str]]] = {
     "commands": ("docs/compliance.md", commands_table),
     "models": ("README.md", models_table),

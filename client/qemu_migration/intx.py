@@ -7,14 +7,12 @@ a BAR tells QEMU that the interrupt was served; it lowers the pin, and sends UNM
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from vfio_user.client.qemu_migration.monitor import read_memory_line, read_port_line
 from vfio_user.client.qemu_migration.move import MovingDevice
 from vfio_user.client.qemu_migration.qmp import Qmp
 from vfio_user.client.qemu_migration.report import MoveError, Where
-from vfio_user.client.qemu_migration.together import side_by_side
 
 MOST_READS = 64
 """One does; a second when QEMU had not yet taken the interrupt; three when another device shares the line."""
@@ -23,31 +21,21 @@ _IO, _MEMORY = 1, 2
 
 
 async def lower_intx(device: MovingDevice, qmp: Qmp) -> bool:
-    """Whether there was anything to do. The device is stopped; its BARs answer zeros from the first read on:
-    these reads change nothing. MoveError when it stays high."""
-    configuration = await _ask_blank(device)
+    """Whether there was anything to do. The device is stopped; meanwhile its BARs answer zeros, so that these
+    reads change nothing. MoveError when it stays high."""
+    configuration = await device.source.call("configuration")
     if not configuration["intx"]["unanswered"]:
         return False
     line = reading(configuration)
+    await device.source.call("blank", on=True)
     for _ in range(MOST_READS):
         await qmp.hmp(line)
         configuration = await device.source.call("configuration")
         if not configuration["intx"]["unanswered"]:
+            # At once: when the last pass fails, QEMU starts the CPUs by itself, and their writes must count.
+            await device.source.call("blank", on=False)
             return True
     raise MoveError(f"{device.id}: its interrupt stays high after {MOST_READS} reads of a BAR", Where.SOURCE)
-
-
-async def _ask_blank(device: MovingDevice) -> Mapping[str, Any]:
-    """The configuration; from here on BARs answer zeros, until the device goes on. Both in one round trip."""
-    answers: list[Mapping[str, Any]] = []
-
-    async def ask() -> None:
-        answers.append(await device.source.call("configuration"))
-
-    async with side_by_side() as nursery:
-        nursery.start_soon(ask)
-        nursery.start_soon(partial(device.source.call, "blank", on=True))
-    return answers[0]
 
 
 def reading(configuration: Mapping[str, Any]) -> str:

@@ -139,6 +139,8 @@ async def test_what_the_device_wrote_is_handed_over_before_the_last_pass(scene: 
     async def look(_qemu: FakeQemu) -> None:
         assert told == [(0x2000, 1)]
         assert vmm.intx.count == 1
+        state = await scene.state(scene.here)  # the CPUs may go on by themselves from here on
+        assert (state["running"], state["blank"]) == (False, False)
 
     scene.source.hooks |= {"migrate": scribble, "migrate-continue": look}
     report = await scene.move()
