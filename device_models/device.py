@@ -216,6 +216,11 @@ class Device:
     def irq_unmasked(self, index: IrqIndex, vector: int) -> None:
         """An MSI or MSI-X vector can be delivered again: fire it if it is pending."""
 
+    def pend_irq(self, index: IrqIndex, vector: int) -> bool:
+        """Keep an MSI or MSI-X message pending, as if `Host.trigger_irq` had just refused it: the VMM from
+        which the device has moved had not delivered it. False: this model keeps none pending."""
+        return False
+
     def counters(self) -> Mapping[str, int]:
         """Figures worth showing to a person, by name."""
         return {}

@@ -106,7 +106,11 @@ class Interrupts:
         """Send an MSI or MSI-X message; one that cannot be delivered stays pending."""
         mode = self.mode
         if mode is not IrqIndex.INTX and not self._host.trigger_irq(mode, vector):
-            self._set_pending(mode, self._pending(mode) | 1 << vector)
+            self.pend(mode, vector)
+
+    def pend(self, index: IrqIndex, vector: int) -> None:
+        """Keep a message for when it can be delivered: also for `Device.pend_irq`."""
+        self._set_pending(index, self._pending(index) | 1 << vector)
 
     def unmasked(self, index: IrqIndex, vector: int) -> None:
         """Deliver what was pending: for `Device.irq_unmasked`."""

@@ -85,6 +85,10 @@ class PciDevice(Device):
     def irq_unmasked(self, index: IrqIndex, vector: int) -> None:
         self.interrupts.unmasked(index, vector)
 
+    def pend_irq(self, index: IrqIndex, vector: int) -> bool:
+        self.interrupts.pend(index, vector)
+        return True
+
     def sections(self) -> Sequence[Section]:
         return (self.config.section("config"), self.interrupts.section(), *self.state_sections())
 

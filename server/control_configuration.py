@@ -8,7 +8,7 @@ For any model: BARs and capabilities are found in the configuration space as a g
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vfio_user.device_models.device import Device, RegionIndex
+from vfio_user.device_models.device import Device, IrqIndex, RegionIndex
 from vfio_user.device_models.pci import (
     BAR0,
     CAP_MSI,
@@ -36,8 +36,8 @@ def describe(device: Device, irqs: IrqLines) -> Any:
         **_masks(region),
         "bars": list(_bars(space, device.regions)),
         "rom_size": device.regions[RegionIndex.ROM].size if RegionIndex.ROM in device.regions else 0,
-        "msix": _msix(space, capabilities.get(CAP_MSIX)),
-        "msi": _msi(space, capabilities.get(CAP_MSI)),
+        "msix": _msix(space, capabilities.get(CAP_MSIX), irqs.fired_vectors(IrqIndex.MSIX)),
+        "msi": _msi(space, capabilities.get(CAP_MSI), irqs.fired_vectors(IrqIndex.MSI)),
         "intx": {"pin": space[INTERRUPT_PIN], "level": irqs.level, "unanswered": irqs.unanswered},
     }
 
@@ -89,17 +89,19 @@ def _bars(space: bytes, regions: Mapping[int, Region]) -> Iterator[dict[str, Any
         }
 
 
-def _msix(space: bytes, place: int | None) -> Any:
+def _msix(space: bytes, place: int | None, fired: int) -> Any:
     """6.8.2; None without the capability."""
     if place is None or place + 12 > SPACE_END:
         return None
     control = _number(space, place + 2, 2)
+    vectors = (control & 0x7FF) + 1
     return {
-        "vectors": (control & 0x7FF) + 1,
+        "vectors": vectors,
         "enabled": bool(control & 0x8000),
         "masked": bool(control & 0x4000),
         "table": _in_bar(_number(space, place + 4, 4)),
         "pba": _in_bar(_number(space, place + 8, 4)),
+        "fired": _mask(fired, vectors),
     }
 
 
@@ -107,12 +109,18 @@ def _in_bar(value: int) -> dict[str, int]:
     return {"bar": value & 7, "offset": value & ~7}
 
 
-def _msi(space: bytes, place: int | None) -> Any:
+def _msi(space: bytes, place: int | None, fired: int) -> Any:
     """6.8.1; None without the capability."""
     if place is None or place + 4 > SPACE_END:
         return None
     control = _number(space, place + 2, 2)
-    return {"vectors": 1 << (control >> 1 & 7), "enabled": bool(control & 1)}
+    vectors = 1 << (control >> 1 & 7)
+    return {"vectors": vectors, "enabled": bool(control & 1), "fired": _mask(fired, vectors)}
+
+
+def _mask(bits: int, count: int) -> str:
+    """A bit for each of `count` vectors, as the method `pend` takes it."""
+    return (bits & (1 << count) - 1).to_bytes((count + 7) // 8, "little").hex()
 
 
 def _number(space: bytes, offset: int, size: int) -> int:

@@ -10,6 +10,7 @@ from vfio_user.server.control_device import DeviceControl
 from vfio_user.server.control_dirty import DirtyControl
 from vfio_user.server.control_guest import MAX_ACCESS, GuestControl
 from vfio_user.server.control_method import Method, Param
+from vfio_user.server.control_pending import MESSAGES, MOST_VECTORS, pend
 from vfio_user.server.dma_region import Access
 from vfio_user.server.engines.engine import Engine
 
@@ -89,6 +90,10 @@ _ADDRESS = Param("address", int, None, "in the guest's memory, as the device see
 _LENGTH = Param("length", int, None, f"bytes, at most {MAX_ACCESS}", least=1, most=MAX_ACCESS)
 _DATA = Param("data", bytes, None, f"at most {MAX_ACCESS} bytes, hexadecimal", least=1, most=MAX_ACCESS)
 _REPLY = Param("wait", int, 1000, "milliseconds to wait for the client's reply", most=60_000)
+_INDEX = Param("index", int, 2, "1 for MSI, 2 for MSI-X", least=min(MESSAGES), most=max(MESSAGES))
+_VECTORS = Param(
+    "vectors", bytes, None, "a mask, the first byte for vectors 0 to 7", least=1, most=MOST_VECTORS // 8
+)
 _CLIENT = "a client is there; native engine"
 _LOG = "a controller has started the log; native engine"
 
@@ -127,6 +132,14 @@ METHODS: Mapping[str, Method] = {
             "model; ends with `resume`, a reset, and the client",
             "a controller has stopped the device",
             (_ON,),
+        ),
+        Method(
+            "pend",
+            lambda c, a, stream: pend(c.device, a["index"], a["vectors"]),
+            "let the model owe messages that its last VMM had not delivered: each fires, once, when the "
+            "device runs and its vector has an eventfd; until then they are part of its state",
+            "a controller has stopped the device, and no save or load is under way",
+            (_INDEX, _VECTORS),
         ),
         Method(
             "save",

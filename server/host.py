@@ -38,6 +38,9 @@ class IrqLines(Protocol):
     def unanswered(self) -> bool | None:
         """Whether INTx has been fired and the client has not unmasked it since; None: nobody knows."""
 
+    def fired_vectors(self, index: IrqIndex) -> int:
+        """A mask of the vectors that have gone out since the client came."""
+
     def set_level(self, level: bool) -> None:
         """See `Host.set_irq_level`."""
 

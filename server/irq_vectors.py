@@ -11,7 +11,7 @@ from vfio_user.transport.poller import Poller
 class IrqVector:
     """The connection's side of a vector. `on_mask` and `on_unmask`: the client has signalled its eventfd."""
 
-    __slots__ = ("_callbacks", "_incoming", "_poller", "masked", "trigger", "unanswered")
+    __slots__ = ("_callbacks", "_incoming", "_poller", "fired", "masked", "trigger", "unanswered")
 
     def __init__(self, poller: Poller, on_mask: Callable[[], None], on_unmask: Callable[[], None]) -> None:
         self._poller = poller
@@ -19,6 +19,8 @@ class IrqVector:
         self._incoming: dict[IrqSetFlags, Eventfd] = {}
         self.trigger: Eventfd | None = None
         self.masked = False
+        self.fired = False
+        """Signalled at least once since the client came; `release` leaves it."""
         self.unanswered = False
         """INTx has been fired, and its UNMASK has not come."""
 
@@ -39,7 +41,7 @@ class IrqVector:
             self._poller.register(eventfd.fileno(), lambda: self._signalled(action))
 
     def release(self) -> None:
-        """Close every eventfd; the vector is as new."""
+        """Close every eventfd, forget the masks."""
         self.set_eventfd(IrqSetFlags.ACTION_TRIGGER, None)
         for action in list(self._incoming):
             self._forget(action)

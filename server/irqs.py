@@ -110,6 +110,16 @@ class Irqs:
         """The client has gone: close its eventfds, forget its masks. The level of INTx stays."""
         for index in IrqIndex:
             self._disable(index)
+            for vector in self._vectors[index]:
+                vector.fired = False
+
+    def fired_vectors(self, index: IrqIndex) -> int:
+        """A mask of the vectors that have been signalled since the client came.
+
+        What the client does with a signal nobody sees: QEMU keeps that of a vector whose mask is in its own
+        table. It also disables and enables an index only to add vectors, and so nothing is forgotten then.
+        """
+        return sum(1 << number for number, vector in enumerate(self._vectors[index]) if vector.fired)
 
     def unmask_intx(self) -> None:
         """SET_IRQS with DATA_NONE, ACTION_UNMASK for INTx: what the hot loop takes itself."""
@@ -245,4 +255,5 @@ class Irqs:
     def _signal(self, index: IrqIndex, vector: IrqVector) -> None:
         assert vector.trigger is not None
         self.fired[index] += 1
+        vector.fired = True
         vector.trigger.signal()

@@ -10,10 +10,11 @@ differs from them is written.
 
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vfio_user.client.qemu_migration.monitor import Write
+from vfio_user.device_models.device import IrqIndex
 
 COMMAND, STATUS, HEADER_TYPE, BAR0, ROM_BAR, CAPABILITIES = 0x04, 0x06, 0x0E, 0x10, 0x30, 0x34
 COMMAND_MEMORY, COMMAND_BUS_MASTER = 1 << 1, 1 << 2
@@ -67,7 +68,8 @@ class Configuration:
     """The control method `configuration`: what the guest reads, the same after a reset (None: the model does
     not tell), the BARs' shapes.
 
-    `table` is BAR, offset and size in bytes of the MSI-X table, if there is one.
+    `table` is BAR, offset and size in bytes of the MSI-X table, if there is one. `fired` has masks of the
+    message vectors that have been fired at this QEMU.
     """
 
     space: bytes
@@ -75,6 +77,7 @@ class Configuration:
     bars: tuple[BarShape, ...]
     rom_size: int = 0
     table: tuple[int, int, int] | None = None
+    fired: Mapping[IrqIndex, int] = field(default_factory=dict)
 
     def word(self, offset: int) -> int:
         """16 bits at an offset."""
@@ -116,6 +119,15 @@ class Configuration:
         return self.space[offset : offset + width] != self.power_on[offset : offset + width]
 
     @property
+    def masked_msi(self) -> int:
+        """A mask of the vectors of enabled MSI that the guest has masked (PCI Local Bus 3.0, 6.8.1)."""
+        place, control = self.capability(CAP_MSI), self.control(CAP_MSI)
+        if place is None or not control & MSI_ENABLE or not control & MSI_MASKABLE:
+            return 0
+        bits = place + (16 if control & MSI_WIDE else 12)
+        return self.word(bits) | self.word(bits + 2) << 16
+
+    @property
     def sleeps(self) -> bool:
         """Not in D0: QEMU maps none of its BARs."""
         return bool(self.control(CAP_POWER, 4) & POWER_STATE)
@@ -130,9 +142,17 @@ def parse_configuration(answer: Mapping[str, Any]) -> Configuration:
         )
         power_on = None if answer["power_on"] is None else bytes.fromhex(answer["power_on"])
         space, table = bytes.fromhex(answer["space"]), _table(answer["msix"])
-        return Configuration(space, power_on, bars, answer["rom_size"] or 0, table)
+        fired = {index: _fired(answer[name]) for index, name in _MESSAGES.items()}
+        return Configuration(space, power_on, bars, answer["rom_size"] or 0, table, fired)
     except (KeyError, TypeError, ValueError) as error:
         raise CannotRestore(f"its server does not tell the configuration space ({error!r})") from error
+
+
+_MESSAGES = {IrqIndex.MSI: "msi", IrqIndex.MSIX: "msix"}
+
+
+def _fired(capability: Mapping[str, Any] | None) -> int:
+    return 0 if capability is None else int.from_bytes(bytes.fromhex(capability["fired"]), "little")
 
 
 def _table(msix: Mapping[str, Any] | None) -> tuple[int, int, int] | None:

@@ -10,8 +10,8 @@ The MSI-X table is inside QEMU. It is read by the monitor, and written by the de
 a server's DMA message wherever it goes, to the table as well.
 
 One thing nobody can read: a vector that was in use, is masked, and is fired after that has its pending bit
-inside QEMU, where the guest's own look at the PBA does not find it either. `View.masked` names the vectors
-this may concern.
+inside QEMU, where the guest's own look at the PBA does not find it either. `View.owed` has the vectors that
+this may concern, and the destination's device is made to owe them: an interrupt too many is harmless.
 """
 
 import contextlib
@@ -43,6 +43,7 @@ from vfio_user.client.qemu_migration.capabilities import (
 )
 from vfio_user.client.qemu_migration.monitor import Function, MonitorError, Write
 from vfio_user.client.qemu_migration.qmp import Qmp, QmpError
+from vfio_user.device_models.device import IrqIndex
 from vfio_user.protocol.json_rpc import RpcError
 
 __all__ = ["CannotRestore", "Chipset", "View", "ask_chipset", "check", "restore", "snapshot"]
@@ -72,6 +73,15 @@ class View:
             return ()
         entries = enumerate(struct.iter_unpack("<QII", self.table))
         return tuple(n for n, (to, _, mask) in entries if to and (mask & 1 or control & MSIX_MASK_ALL))
+
+    @property
+    def owed(self) -> Mapping[IrqIndex, int]:
+        """By index a mask of the vectors that are masked and were fired: QEMU may hold their messages."""
+        masked = {
+            IrqIndex.MSI: self.configuration.masked_msi,
+            IrqIndex.MSIX: sum(1 << n for n in self.masked),
+        }
+        return {index: bits & self.configuration.fired.get(index, 0) for index, bits in masked.items()}
 
 
 async def ask_chipset(qmp: Qmp) -> Chipset:
@@ -124,6 +134,7 @@ async def restore(qmp: Qmp, control: ControlClient, qdev_id: str, view: View) ->
         writes += [*interrupt_writes(configuration), *last, *power_writes(configuration)]
         devices = await _write(qmp, view, writes, ("query-pci", {}))
         _compare(view, *_find(devices, qdev_id))
+        await _pend(control, view)
 
 
 @contextlib.contextmanager
@@ -227,6 +238,13 @@ async def _write_table(control: ControlClient, table: tuple[int, bytes]) -> None
     for offset in range(0, len(data), MAX_WRITE):
         piece = data[offset : offset + MAX_WRITE]
         await control.call("guest-write", address=address + offset, data=piece.hex())
+
+
+async def _pend(control: ControlClient, view: View) -> None:
+    for index, bits in view.owed.items():
+        if bits:
+            mask = bits.to_bytes((bits.bit_length() + 7) // 8, "little")
+            await control.call("pend", index=index.value, vectors=mask.hex())
 
 
 async def _compare_table(qmp: Qmp, table: tuple[int, bytes]) -> None:

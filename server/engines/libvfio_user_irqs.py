@@ -37,6 +37,8 @@ class LibraryIrqs:
         self.unanswered: bool | None = None  # a client need not unmask, so nothing follows from its silence
         self.stopped = False
         self.fired = dict.fromkeys(IrqIndex, 0)
+        self._fired: set[Vector] = set()
+        """Since the client came."""
 
     # What the device does
 
@@ -69,6 +71,11 @@ class LibraryIrqs:
     def release(self) -> None:
         self._masked.clear()
         self._owed.clear()
+        self._fired.clear()
+
+    def fired_vectors(self, index: IrqIndex) -> int:
+        """See `IrqLines`."""
+        return sum(1 << number for known, number in self._fired if known is index)
 
     def retry(self) -> None:
         """A request has been served, which may have brought an eventfd."""
@@ -115,4 +122,5 @@ class LibraryIrqs:
             self._owed.add(vector)
             return False
         self.fired[vector[0]] += 1
+        self._fired.add(vector)
         return True

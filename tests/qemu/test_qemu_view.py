@@ -23,6 +23,7 @@ from vfio_user.client.qemu.moving import Model, Moving, one_host, open_moving
 from vfio_user.client.qemu.namespace import Namespace
 from vfio_user.client.qemu_migration.qmp import Qmp, open_qmp
 from vfio_user.client.qemu_migration.view import CannotRestore, View, ask_chipset, check, restore, snapshot
+from vfio_user.device_models.device import IrqIndex
 
 pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(120)]
 
@@ -31,8 +32,9 @@ NOBODYS = 0x0A00_0000
 """Guest memory that its kernel has been told not to use: vectors point there."""
 GUEST = MachineOptions(memory_mib=192, kernel_words="mem=128M nodrivers")
 VECTORS, FIRE, MARK, NOTE = 16, 0x0, 0x8, 0x4
-PENDING, SILENT = 3, 4
-"""A vector that is masked and was fired, and one that is masked."""
+PENDING, SILENT, HELD = 3, 4, 5
+"""A vector that is masked and was fired, one that is masked, and one that was in use, was masked, and was
+fired then: QEMU holds its message."""
 FUNCTION_0 = ("-device", "virtio-rng-pci,bus=pcie.0,addr=4.0,multifunction=on")
 
 
@@ -105,6 +107,9 @@ async def use_vectors(guest: Guest) -> None:
     await guest.write(*((guest.table(0) + 4 * number, word) for number, word in enumerate(words)))
     await guest.configure("CAP_MSIX+2.w=8000")
     assert await guest.fired(0, PENDING, VECTORS - 1) == {0: 0x1000, PENDING: 0, VECTORS - 1: 0x100F}
+    assert await guest.fired(HELD) == {HELD: 0x1000 + HELD}
+    await guest.write((guest.table(HELD) + 12, 1))
+    assert await guest.fired(HELD) == {HELD: 0}
 
 
 async def require_marks(guest: Guest) -> None:
@@ -115,10 +120,13 @@ async def require_marks(guest: Guest) -> None:
 async def require_vectors(guest: Guest) -> None:
     """All that `use_vectors` has left is there, and works."""
     assert await guest.fired(0, 1, SILENT, VECTORS - 1) == {0: 0x1000, 1: 0x1001, SILENT: 0, 15: 0x100F}
-    assert await guest.words(guest.table(PENDING) + 12) == [1]
-    await guest.write((guest.table(PENDING) + 12, 0))
-    assert await guest.words(NOBODYS + 4 * PENDING) == [0x1000 + PENDING]
-    await guest.write((NOBODYS + 4 * PENDING, 0))
+    for vector in (PENDING, HELD):
+        place = NOBODYS + 4 * vector
+        assert await guest.words(guest.table(vector) + 12, place) == [1, 0]
+        await guest.write((guest.table(vector) + 12, 0))
+        assert await guest.words(place) == [0x1000 + vector]
+        await guest.write((place, 0), (guest.table(vector) + 12, 1), (guest.table(vector) + 12, 0))
+        assert await guest.words(place) == [0]  # it came once
 
 
 async def carry(source: ControlClient, destination: ControlClient, path: Path) -> None:
@@ -198,8 +206,11 @@ async def test_without_it_the_device_is_dead_and_with_it_goes_on(lab: Lab, names
         side = moving.here
         async with open_qmp(str(side.qmp)) as qmp, open_control(side.controls["dev"]) as control:
             await qmp.execute("stop")
-            assert view.masked == (PENDING, SILENT)
+            assert view.masked == (PENDING, SILENT, HELD)
+            assert view.owed == {IrqIndex.MSI: 0, IrqIndex.MSIX: 1 << HELD}
+            await control.call("stop")
             await restore(qmp, control, "dev", view)
+            await control.call("resume")
             await require_refusals(qmp, control, view)
             await qmp.execute("cont")
         assert await guest.space() == before
@@ -229,6 +240,7 @@ async def test_behind_a_root_port_with_an_extended_space(lab: Lab, namespace: Na
         before = await guest.space()
         assert "\n100: 0b 00 01 00 01 00 00 01 78 56 34 12" in before
         await move(moving)
+        await move(moving)  # on, with what is pending
         guest = replace(guest, machine=moving.guest)
         assert await guest.space() == before
         await require_marks(guest)

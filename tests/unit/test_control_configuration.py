@@ -10,7 +10,7 @@ import pytest
 from migration.control_bed import make_large, opened, serving
 from vfio_user.client.control import open_control
 from vfio_user.client.fake_vmm import VmmOptions
-from vfio_user.device_models.device import Device, RegionIndex
+from vfio_user.device_models.device import Device, IrqIndex, RegionIndex
 from vfio_user.device_models.e1000.bench import RecordingPort
 from vfio_user.device_models.e1000.device import E1000
 from vfio_user.device_models.fake_host import FakeHost
@@ -25,6 +25,9 @@ class _Lines:
     fired: dict[Any, int] = {}  # noqa: RUF012
     level = True
     unanswered = None
+
+    def fired_vectors(self, index: IrqIndex) -> int:
+        return 0x1FA if index is IrqIndex.MSIX else 0x81
 
 
 class _Foreign(Device):
@@ -87,8 +90,9 @@ def test_of_a_model_that_has_only_bytes() -> None:
             "masked": True,
             "table": {"bar": 4, "offset": 0x1000},
             "pba": {"bar": 4, "offset": 0x2000},
+            "fired": "fa",
         },
-        "msi": {"vectors": 8, "enabled": True},
+        "msi": {"vectors": 8, "enabled": True, "fired": "81"},
         "intx": {"pin": 2, "level": True, "unanswered": None},
     }
 
@@ -128,7 +132,7 @@ async def test_of_a_device_that_a_guest_has_set_up(tmp_path: Path) -> None:
             "prefetchable": True,
             "address": vmm.bars[2].address,
         }
-        assert (told["msi"], told["rom_size"]) == ({"vectors": 1, "enabled": False}, 0)
+        assert (told["msi"], told["rom_size"]) == ({"vectors": 1, "enabled": False, "fired": "00"}, 0)
         assert told["msix"]["table"]["bar"] == 4
         assert not told["msix"]["enabled"]
         await vmm.enable_msix(1)

@@ -24,7 +24,7 @@ from vfio_user.client.qemu_migration.capabilities import (
 from vfio_user.client.qemu_migration.monitor import Function, Write
 from vfio_user.client.qemu_migration.view import View
 from vfio_user.device_models import pci
-from vfio_user.device_models.device import RegionIndex
+from vfio_user.device_models.device import IrqIndex, RegionIndex
 from vfio_user.device_models.fake_host import FakeHost
 from vfio_user.device_models.pci_device import PciDevice
 from vfio_user.device_models.regions import RamRegion
@@ -49,6 +49,9 @@ class Device(PciDevice):
 class Lines:
     level = False
     unanswered = False
+
+    def fired_vectors(self, index: IrqIndex) -> int:
+        return {IrqIndex.MSI: 0b0011, IrqIndex.MSIX: 0b1110}[index]
 
 
 @pytest.fixture
@@ -227,3 +230,23 @@ def test_vectors_that_may_hold_a_message_back(device: Device, control: int, mask
     table = b"".join(struct.pack("<QII", *entry) for entry in entries)
     assert View(Function(0, 4, 0), view(device), {}, table, 0).masked == masked
     assert View(Function(0, 4, 0), view(device), {}, None, 0).masked == ()
+
+
+def test_a_vector_that_is_masked_and_has_been_fired_is_owed(device: Device) -> None:
+    guest_writes(device, place(device, CAP_MSIX) + 3, b"\x80")
+    table = b"".join(struct.pack("<QII", 0xFEE0_0000, 0x4041, masked) for masked in (1, 1, 0, 1))
+    owed = View(Function(0, 4, 0), view(device), {}, table, 0).owed
+    assert owed == {IrqIndex.MSI: 0, IrqIndex.MSIX: 0b1010}
+
+
+@pytest.mark.parametrize(
+    ("control", "place", "owed"),
+    [(0x181, 0x50, 2), (0x101, 0x4C, 2), (0x180, 0x50, 0), (0x081, 0x50, 0)],
+)
+def test_msi_with_masks_owes_as_well(control: int, place: int, owed: int) -> None:
+    space = bytearray(256)
+    space[6], space[0x34], space[0x40] = 0x10, 0x40, CAP_MSI
+    struct.pack_into("<H", space, 0x42, control)
+    struct.pack_into("<I", space, place, 0x8000_0006)
+    found = Configuration(bytes(space), None, (), fired={IrqIndex.MSI: 0b0011})
+    assert View(Function(0, 4, 0), found, {}, None, 0).owed == {IrqIndex.MSI: owed, IrqIndex.MSIX: 0}
