@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from guest_moves import by_tool
 from guest_moves.by_qemu import held_before_switchover
 from vfio_user.client.control import ControlClient, open_control
 from vfio_user.client.qemu.command import Chipset, MachineOptions
@@ -240,7 +241,7 @@ async def test_behind_a_root_port_with_an_extended_space(lab: Lab, namespace: Na
         before = await guest.space()
         assert "\n100: 0b 00 01 00 01 00 00 01 78 56 34 12" in before
         await move(moving)
-        await move(moving)  # on, with what is pending
+        await by_tool.move(moving)  # on, with what is pending
         guest = replace(guest, machine=moving.guest)
         assert await guest.space() == before
         await require_marks(guest)
