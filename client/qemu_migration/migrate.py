@@ -24,7 +24,7 @@ from vfio_user.client.qemu_migration.report import (
 )
 from vfio_user.client.qemu_migration.request import Request
 from vfio_user.client.qemu_migration.together import shielded, side_by_side
-from vfio_user.client.qemu_migration.trail import TROUBLE, Trail
+from vfio_user.client.qemu_migration.trail import TROUBLE, Trail, reason
 from vfio_user.client.qemu_migration.way_back import lead_back
 from vfio_user.client.qemu_migration.whose import Guest, runs_there, whose
 
@@ -51,10 +51,31 @@ class GuestMigration:
         self._trail.begin(Step.CONNECT)
         report = None
         async with open_move(self._request, self._trail) as move:
-            await precopy.check(move)
+            await self._check(move)
             report = await self._move_or_lead_back(move)
         assert report is not None
         return report
+
+    async def _check(self, move: Move) -> None:
+        """Refused, or MoveError when somebody does not answer as he should."""
+        with self._new_scope():
+            try:
+                return await precopy.check(move)
+            except MoveError:
+                raise
+            except TROUBLE as error:
+                raise MoveError(reason(error)) from error
+        raise MoveError(self._why_cut())
+
+    def _new_scope(self) -> trio.CancelScope:
+        """What `cancel` and the time-out cut from now on."""
+        self._scope = trio.CancelScope(deadline=self._deadline)
+        if self._cancelled:
+            self._scope.cancel()
+        return self._scope
+
+    def _why_cut(self) -> str:
+        return "cancelled" if self._cancelled else f"not done within {self._request.limits.timeout:g} s"
 
     async def _move_or_lead_back(self, move: Move) -> Report:
         try:
@@ -81,17 +102,13 @@ class GuestMigration:
 
     async def _guarded(self, work: Callable[[Move], Awaitable[None]], move: Move) -> Failure | None:
         """Why `work` was not done: trouble with a peer, time-out, or cancel."""
-        self._scope = trio.CancelScope(deadline=self._deadline)
-        if self._cancelled:
-            self._scope.cancel()
         try:
-            with self._scope:
+            with self._new_scope():
                 await work(move)
                 return None
         except TROUBLE as error:
             return self._trail.failure(error)
-        late = f"not done within {self._request.limits.timeout:g} s"
-        return self._trail.failure(MoveError("cancelled" if self._cancelled else late))
+        return self._trail.failure(MoveError(self._why_cut()))
 
     async def _until_handed_over(self, move: Move) -> None:
         async with side_by_side() as nursery:

@@ -188,6 +188,30 @@ async def test_nobody_there(scene: Scene) -> None:
         await scene.move()
 
 
+@pytest.mark.parametrize("cancel", [True, False])
+async def test_a_question_that_is_not_answered(scene: Scene, cancel: bool) -> None:
+    async def never(_qemu: FakeQemu) -> None:
+        if cancel:
+            assert scene.migration is not None
+            scene.migration.cancel()
+        await trio.sleep_forever()
+
+    scene.limits = Limits(timeout=5 if cancel else 0.3)
+    scene.source.hooks["query-status"] = never
+    with pytest.raises(MoveError, match="cancelled" if cancel else r"not done within 0\.3 s"):
+        await scene.move()
+    assert scene.steps == [Step.CONNECT, Step.CHECK]
+
+
+async def test_an_answer_that_says_no(scene: Scene) -> None:
+    async def refuse(_qemu: FakeQemu) -> None:
+        raise Refusal("never heard of")
+
+    scene.source.hooks["query-version"] = refuse
+    with pytest.raises(MoveError, match="query-version: never heard of"):
+        await scene.move()
+
+
 # The way back
 
 STEPS = [Step.RECEIVE, Step.LOG, Step.STATE, Step.SETTINGS, Step.PRECOPY, Step.STOP, Step.HAND_OVER]
