@@ -17,6 +17,7 @@ import trio
 from rich.console import Console
 from rich.progress import Progress
 
+from vfio_user.benchmarks.downtime_runs import MOVE_SUITES, open_guests
 from vfio_user.benchmarks.guest_bed import open_bed
 from vfio_user.benchmarks.guest_runs import GUEST_SUITES
 from vfio_user.benchmarks.processes import BenchmarkError
@@ -28,7 +29,7 @@ from vfio_user.client.qemu.machine import MachineError
 from vfio_user.client.qemu.paths import lab_root
 from vfio_user.client.qemu.shell import LabError
 
-NAMES = (*SUITES, *GUEST_SUITES)
+NAMES = (*SUITES, *GUEST_SUITES, *MOVE_SUITES)
 FAILURES = (BenchmarkError, LabError, MachineError, OSError, ValueError)
 
 
@@ -84,6 +85,16 @@ class Run:
         except FAILURES as error:
             self.results.left_out.append(f"{', '.join(waiting)}: {error}")
 
+    async def moves(self, names: Iterable[str]) -> None:
+        for name in names:
+            suite = MOVE_SUITES[name]
+            try:
+                async with open_guests(self.lab) as guests:
+                    for number in self.numbers(suite):
+                        await suite.run(guests, number, self.results)
+            except* FAILURES as group:
+                self.results.left_out.append(f"{name}: {group.exceptions[0]}")
+
 
 @click.command()
 @click.option("--only", "names", multiple=True, type=click.Choice(NAMES), help="Run just this; repeatable.")
@@ -108,6 +119,8 @@ def command(names: tuple[str, ...], rounds: int | None, quick: bool, json_path: 
         run.protocol(name for name in chosen if name in SUITES)
         if guests := [name for name in chosen if name in GUEST_SUITES]:
             trio.run(run.guest, guests)
+        if moves := [name for name in chosen if name in MOVE_SUITES]:
+            trio.run(run.moves, moves)
     show(results, console, time.monotonic() - begun)
     if json_path is not None:
         json_path.write_text(json.dumps(as_json(results, machine()), indent=2) + "\n")

@@ -15,6 +15,8 @@ BUILT_IN = "QEMU's built-in e1000 in the same guest"
 SIDE_BY_SIDE = "the C sample server, with both our engines in the same rounds"
 EMPTY = "ourselves with no region mapped"
 UNLOGGED_GUEST = "the same card without dirty logging, in the same guest"
+MOVED_ALONE = "the same guest with QEMU's built-in e1000, moved by QEMU alone"
+WHOLE = "the whole downtime of that move"
 UNLOGGED = "ourselves without dirty logging, in one process"
 
 
@@ -30,9 +32,13 @@ class Measure:
     sense: Sense = "none"
     mark: float | None = None
     moonshot: float | None = None
+    allowance: float | None = None
+    """A mark that is no ratio: at most so much more than the peer, in `unit`."""
 
-    def verdict(self, ratio: float) -> Verdict:
-        """Which mark a ratio reaches."""
+    def verdict(self, ratio: float, more: float = 0.0) -> Verdict:
+        """Which mark a ratio, or a difference, reaches."""
+        if self.allowance is not None:
+            return "met" if more <= self.allowance else "missed"
         if self._reaches(ratio, self.moonshot):
             return "moonshot"
         if self.mark is None:
@@ -43,6 +49,10 @@ class Measure:
         if bound is None or self.sense == "none":
             return False
         return ratio <= bound if self.sense == "most" else ratio >= bound
+
+    def mark_text(self) -> str:
+        """The mark as the report shows it."""
+        return self.bound(self.mark) if self.allowance is None else f"≤ +{self.allowance:g}"
 
     def bound(self, value: float | None) -> str:
         """A mark as the report shows it."""
@@ -114,5 +124,18 @@ _ROWS = (
     Measure("mss.in", "guest TCP in, segments of 777 bytes", "Mbit/s", BUILT_IN),
     Measure("jumbo.out", "guest TCP out, MTU 9000", "Mbit/s", BUILT_IN),
     Measure("jumbo.in", "guest TCP in, MTU 9000", "Mbit/s", BUILT_IN),
+    Measure("downtime", "downtime of a move", "ms", MOVED_ALONE, allowance=20.0),
+    Measure("downtime.written", "the same, and a device writes 100 MB/s", "ms", MOVED_ALONE, allowance=20.0),
+    *(
+        Measure(f"{key}.{part}", f"{text}{name}", "ms", WHOLE)
+        for key, text in (("downtime", ""), ("downtime.written", "100 MB/s: "))
+        for part, name in (
+            ("stop", "the devices stop"),
+            ("hand_over", "logs, interrupts, states, view"),
+            ("last_pass", "QEMU's last pages"),
+            ("restore", "QEMU's view is restored"),
+            ("start", "devices and CPUs start"),
+        )
+    ),
 )
 MEASURES: Mapping[str, Measure] = {row.key: row for row in _ROWS}

@@ -22,7 +22,7 @@ def _number(value: float) -> str:
 
 
 def _row(measure: Measure, figure: Figure) -> tuple[str, ...]:
-    verdict = measure.verdict(figure.ratio)
+    verdict = measure.verdict(figure.ratio, figure.more)
     style = _STYLES[verdict]
     return (
         f"{measure.text} [{measure.unit}]".replace("[", "\\["),
@@ -30,7 +30,7 @@ def _row(measure: Measure, figure: Figure) -> tuple[str, ...]:
         _number(figure.theirs),
         f"[{style}]{figure.ratio:.2f}[/]" if style else f"{figure.ratio:.2f}",
         f"{figure.low:.2f}-{figure.high:.2f}",
-        measure.bound(measure.mark),
+        measure.mark_text(),
         measure.bound(measure.moonshot),
         f"[{style}]{verdict}[/]" if style else "",
     )
@@ -73,7 +73,7 @@ def as_json(results: Results, machine: Mapping[str, Any]) -> Any:
         measure.key: {
             **asdict(measure),
             **asdict(figures[measure.key]),
-            "verdict": measure.verdict(figures[measure.key].ratio),
+            "verdict": measure.verdict(figures[measure.key].ratio, figures[measure.key].more),
         }
         for measure in _present(figures)
     }

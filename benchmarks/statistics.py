@@ -25,6 +25,8 @@ class Figure:
     low: float
     high: float
     rounds: int
+    more: float = 0.0
+    """Median of the rounds' differences, ours - theirs."""
 
 
 @dataclass(slots=True)
@@ -49,4 +51,5 @@ class Series:
             low=percentile(ratios, 25),
             high=percentile(ratios, 75),
             rounds=len(ratios),
+            more=statistics.median(ours - theirs for ours, theirs in self.pairs),
         )

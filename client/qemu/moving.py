@@ -31,10 +31,11 @@ BRIDGE = "br0"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a QEMU and its servers run, and a TAP for each device that wants one."""
+    """Where a QEMU and its servers run, a TAP for each device that wants one, and more words for QEMU."""
 
     namespace: Namespace
     taps: Sequence[str] = ()
+    extra: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,8 @@ class Moving:
                 tap = next(taps) if model.tap else ""
                 servers[model.id] = await stack.enter_async_context(_server(model, place, folder, tap))
             devices = [_device(model, servers[model.id].path) for model in self.models]
-            options = replace(options, devices=devices, netns=place.namespace.name)
+            extra = [*options.extra, *place.extra]
+            options = replace(options, devices=devices, netns=place.namespace.name, extra=extra)
             async with open_machine(self.lab, options) as machine:
                 side = Side(machine, place, folder, servers)
                 yield side

@@ -41,6 +41,13 @@ def test_verdicts_at_the_bounds(measure: Measure, ratio: float, verdict: str) ->
     assert measure.verdict(ratio) == verdict
 
 
+@pytest.mark.parametrize(("more", "verdict"), [(-3.0, "met"), (20.0, "met"), (20.1, "missed")])
+def test_a_mark_that_is_a_difference(more: float, verdict: str) -> None:
+    measure = Measure("k", "downtime", "ms", "a peer", allowance=20.0)
+    assert measure.verdict(9.0, more) == verdict
+    assert measure.mark_text() == "≤ +20"
+
+
 def test_a_moonshot_is_beyond_its_mark() -> None:
     for measure in MEASURES.values():
         assert (measure.mark is None) == (measure.sense == "none"), measure

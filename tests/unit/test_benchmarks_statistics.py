@@ -34,7 +34,9 @@ def test_the_ratio_is_the_median_of_the_rounds_ratios() -> None:
     # The machine was four times slower in the second round: it drops out of the ratio.
     for ours, theirs in ((2.0, 1.0), (8.0, 4.0), (2.2, 1.0)):
         series.add(ours, theirs)
-    assert series.figure() == Figure(ours=2.2, theirs=1.0, ratio=2.0, low=2.0, high=2.2, rounds=3)
+    figure = series.figure()
+    assert figure == Figure(ours=2.2, theirs=1.0, ratio=2.0, low=2.0, high=2.2, rounds=3, more=figure.more)
+    assert figure.more == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize("pair", [(0.0, 1.0), (1.0, 0.0), (-1.0, 1.0), (math.nan, 1.0), (1.0, math.inf)])
