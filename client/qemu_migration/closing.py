@@ -77,7 +77,8 @@ async def _figures(move: Move) -> tuple[dict[str, int], float]:
             answer = await move.source.query()
             ram = dict(answer.get("ram", {}))
             if ram:
-                move.ram.append((move.trail.seconds, ram))
+                seconds = _at(move, "completed") / 1000 or move.trail.seconds
+                move.ram.append((seconds, ram))
             return ram, float(answer.get("downtime", 0))
         except TROUBLE:
             pass
