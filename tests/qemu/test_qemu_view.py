@@ -5,8 +5,6 @@ Only the view is tested here: no device writes memory while the guest moves.
 """
 
 import contextlib
-import os
-import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +14,24 @@ import pytest
 
 from guest_moves import by_tool
 from guest_moves.by_qemu import held_before_switchover
+from guest_moves.vectors import (
+    FIRE,
+    GUEST,
+    HELD,
+    MARK,
+    NOBODYS,
+    PENDING,
+    SILENT,
+    Guest,
+    model,
+    require_marks,
+    require_vectors,
+    set_up,
+    use_vectors,
+)
 from vfio_user.client.control import ControlClient, open_control
 from vfio_user.client.qemu.command import Chipset, MachineOptions
 from vfio_user.client.qemu.lab import Lab
-from vfio_user.client.qemu.machine import Machine
 from vfio_user.client.qemu.moving import Model, Moving, one_host, open_moving
 from vfio_user.client.qemu.namespace import Namespace
 from vfio_user.client.qemu_migration.qmp import Qmp, open_qmp
@@ -28,106 +40,7 @@ from vfio_user.device_models.device import IrqIndex
 
 pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(120)]
 
-HERE = str(Path(__file__).parent)
-NOBODYS = 0x0A00_0000
-"""Guest memory that its kernel has been told not to use: vectors point there."""
-GUEST = MachineOptions(memory_mib=192, kernel_words="mem=128M nodrivers")
-VECTORS, FIRE, MARK, NOTE = 16, 0x0, 0x8, 0x4
-PENDING, SILENT, HELD = 3, 4, 5
-"""A vector that is masked and was fired, one that is masked, and one that was in use, was masked, and was
-fired then: QEMU holds its message."""
 FUNCTION_0 = ("-device", "virtio-rng-pci,bus=pcie.0,addr=4.0,multifunction=on")
-
-
-def model(name: str = "Vectors", **place: Any) -> Model:
-    return Model(f"models_msix:{name}", "dev", environment=os.environ | {"PYTHONPATH": HERE}, **place)
-
-
-@dataclass(frozen=True, slots=True)
-class Guest:
-    """The device as the guest's shell reaches it."""
-
-    machine: Machine
-    place: str
-    bars: tuple[int, ...]
-
-    async def words(self, *addresses: int) -> list[int]:
-        reads = "; ".join(f"devmem {address:#x}" for address in addresses)
-        return [int(line, 16) for line in (await self.machine.check(reads)).split()]
-
-    async def write(self, *pairs: tuple[int, int]) -> None:
-        await self.machine.check(" && ".join(f"devmem {place:#x} 32 {value:#x}" for place, value in pairs))
-
-    async def configure(self, *words: str) -> None:
-        """Writes to the configuration space, in setpci's words."""
-        await self.machine.check(f"setpci -s {self.place} {' '.join(words)}")
-
-    async def space(self) -> str:
-        return await self.machine.check(f"lspci -xxxx -s {self.place}")
-
-    async def note(self, value: int | None = None) -> int:
-        """The word at an I/O port, written first."""
-        port = self.bars[2] + NOTE
-        if value is not None:
-            text = "".join(f"\\x{byte:02x}" for byte in value.to_bytes(4, "little"))
-            await self.machine.check(f"printf '{text}' | dd of=/dev/port bs=4 seek={port} oflag=seek_bytes")
-        read = f"dd if=/dev/port bs=4 count=1 skip={port} iflag=skip_bytes 2>/dev/null | od -An -tx4"
-        return int(await self.machine.check(read), 16)
-
-    async def fired(self, *vectors: int) -> dict[int, int]:
-        """Fires vectors; what came of them in the guest's memory, which is forgotten."""
-        await self.write(*((self.bars[0] + FIRE, vector) for vector in vectors))
-        places = [NOBODYS + 4 * vector for vector in vectors]
-        values = await self.words(*places)
-        await self.write(*((place, 0) for place in places))
-        return dict(zip(vectors, values, strict=True))
-
-    def table(self, vector: int) -> int:
-        return self.bars[3] + 16 * vector
-
-
-async def set_up(machine: Machine) -> Guest:
-    """The guest's side: device on, marks in its registers."""
-    path = (await machine.check("dirname $(grep -l 0x5c7b /sys/bus/pci/devices/*/device)")).strip()
-    rows = (await machine.check(f"echo 1 > {path}/enable; cat {path}/resource")).splitlines()[:6]
-    guest = Guest(machine, path.rpartition("/")[2], tuple(int(row.split()[0], 16) for row in rows))
-    await guest.configure("COMMAND=7", "CACHE_LINE_SIZE=10", "INTERRUPT_LINE=5a")
-    await guest.write((guest.bars[0] + MARK, 0xCAFE))
-    assert await guest.note(0xBEEF) == 0xBEEF
-    return guest
-
-
-async def use_vectors(guest: Guest) -> None:
-    """MSI-X with all vectors, one of them pending."""
-    entries = (
-        struct.pack("<QII", NOBODYS + 4 * vector, 0x1000 + vector, vector in (PENDING, SILENT))
-        for vector in range(VECTORS)
-    )
-    words = struct.unpack(f"<{4 * VECTORS}I", b"".join(entries))
-    await guest.configure("CAP_MSIX+2.w=0")
-    await guest.write(*((guest.table(0) + 4 * number, word) for number, word in enumerate(words)))
-    await guest.configure("CAP_MSIX+2.w=8000")
-    assert await guest.fired(0, PENDING, VECTORS - 1) == {0: 0x1000, PENDING: 0, VECTORS - 1: 0x100F}
-    assert await guest.fired(HELD) == {HELD: 0x1000 + HELD}
-    await guest.write((guest.table(HELD) + 12, 1))
-    assert await guest.fired(HELD) == {HELD: 0}
-
-
-async def require_marks(guest: Guest) -> None:
-    assert await guest.words(guest.bars[0] + MARK) == [0xCAFE]
-    assert await guest.note() == 0xBEEF
-
-
-async def require_vectors(guest: Guest) -> None:
-    """All that `use_vectors` has left is there, and works."""
-    assert await guest.fired(0, 1, SILENT, VECTORS - 1) == {0: 0x1000, 1: 0x1001, SILENT: 0, 15: 0x100F}
-    for vector in (PENDING, HELD):
-        place = NOBODYS + 4 * vector
-        assert await guest.words(guest.table(vector) + 12, place) == [1, 0]
-        await guest.write((guest.table(vector) + 12, 0))
-        assert await guest.words(place) == [0x1000 + vector]
-        await guest.write((place, 0), (guest.table(vector) + 12, 1), (guest.table(vector) + 12, 0))
-        assert await guest.words(place) == [0]  # it came once
 
 
 async def carry(source: ControlClient, destination: ControlClient, path: Path) -> None:
