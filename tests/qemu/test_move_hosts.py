@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from guest_moves.counts import MOVES
+from guest_moves.counts import MOVES, SOAK
 from guest_moves.guest_programs import begin_scribbling, check_scribbling, scribble_options
 from guest_moves.nic import GUEST, HOST, NIC, complaints, transferring
 from guest_moves.pinger import pinging
@@ -54,7 +54,7 @@ async def test_two_devices_between_two_hosts(
         await bring_up(moving.guest, f"{GUEST}/24")
         await moving.guest.check("dmesg -c")
         async with pinging(namespace, GUEST) as pinger, transferring(moving, namespace) as transfers:
-            for number in range(2 if MOVES == 3 else MOVES):
+            for number in range(MOVES if SOAK else 2):
                 await begin_scribbling(moving.guest, RATE)
                 await move_by_command(moving, server, namespace, socket_folder / f"{number}")
                 await pinger.next_answer()
