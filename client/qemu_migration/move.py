@@ -22,6 +22,7 @@ from vfio_user.client.qemu_migration.together import side_by_side
 from vfio_user.client.qemu_migration.trail import Trail
 from vfio_user.client.qemu_migration.view import View
 from vfio_user.client.qemu_migration.writes import Growth
+from vfio_user.protocol.json_rpc import RpcError
 
 
 class MovingDevice:
@@ -107,7 +108,10 @@ class Move:
         await self._nursery.start(_keep, side, side.qmp.address)
 
     async def _one(self, work: Callable[[MovingDevice], Awaitable[None]], device: MovingDevice) -> None:
-        await work(device)
+        try:
+            await work(device)
+        except (ControlLost, RpcError) as error:
+            raise MoveError(f"{device.id}, a server of it: {error}") from error
 
 
 @contextlib.asynccontextmanager

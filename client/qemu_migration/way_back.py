@@ -121,7 +121,9 @@ async def put_back_settings(move: Move) -> None:
     """Of both QEMUs; one that has ended has none."""
     for settings, side in zip(move.settings, (move.source, move.destination), strict=False):
         if not side.lost():
-            await settings.put_back()
+            ends = (QmpLost,) if side is move.destination else ()
+            with contextlib.suppress(*ends):  # it may be about to end itself
+                await settings.put_back()
 
 
 async def _reset_destinations(move: Move) -> None:
