@@ -60,7 +60,10 @@ class Guest:
         """Fires vectors; what came of them in the guest's memory, which is forgotten."""
         await self.write(*((self.bars[0] + FIRE, vector) for vector in vectors))
         places = [NOBODYS + 4 * vector for vector in vectors]
-        values = await self.words(*places)
+        for _ in range(5):  # writes are posted, and a signal goes through QEMU's main loop
+            _, *values = await self.words(self.bars[0] + MARK, *places)
+            if all(values):
+                break
         await self.write(*((place, 0) for place in places))
         return dict(zip(vectors, values, strict=True))
 
