@@ -189,6 +189,48 @@ LIMITS: tuple[Limit, ...] = (
         V1_ONLY,
     ),
     Limit(
+        "P2P",
+        "the states without peer-to-peer DMA are neither offered nor known: to ask for one is EINVAL",
+        "in the table of states they lead nowhere",
+        V2_ONLY,
+    ),
+    Limit(
+        "v2 features",
+        "a GET with too little argsz is EINVAL, and does not tell what is needed; a feature that does not "
+        "exist is EINVAL, not ENOTTY; the reply to SET and PROBE has the argsz of the request; data_fd is "
+        "0, not -1; a SET of the state may be cut short",
+        "the request is copied for the reply; what the feature needs is not compared with what came",
+        V2_ONLY,
+    ),
+    Limit(
+        "v2 states",
+        "there is no ERROR: where data is refused, or incomplete, the device goes on resuming; while it is "
+        "stopped, or in stop-and-copy, only features, the stream and (stopped) its regions are served, no "
+        "RESET and no DMA_UNMAP; RESET does not end a migration (from May 2026 on); a client that leaves "
+        "in the middle of one takes along those that wait, and the next one is told that the device runs",
+        "commands and changes of state are looked up in tables of the library's own; its state outlives "
+        "the client unless its context goes too",
+        V2_ONLY,
+    ),
+    Limit(
+        "v2 data",
+        "a reply with less data than was asked for is as long as one with all, zeros at its end; "
+        "MIG_DATA_WRITE needs an argsz that has room for its data, and data past its size is ignored",
+        "the reply is made before the data is there; lengths are compared in one direction only",
+        V2_ONLY,
+    ),
+    Limit(
+        "v2 dirty pages",
+        "a report is of exactly one region that is mapped now, with a descriptor, and no shorter than a "
+        "page; what a region that went had is lost; of a device that cannot tell what it wrote, only the "
+        "report after it was stopped has everything; the page size is taken as it comes; ranges to log are "
+        "not looked at; a second START is no error, and the next client finds the log on; a report of 256 "
+        "pages or more, of another size than those that are logged, is wrong or never ends",
+        "each region has its log, and the library tells neither of the question nor what was asked; "
+        "between two page sizes it counts pages in 8 bits",
+        V2_ONLY,
+    ),
+    Limit(
         "empty accesses",
         "the reply to an access of no bytes has no body",
         "nothing is done for it",

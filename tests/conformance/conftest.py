@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from conformance import patience
+from conformance import moving, patience
 from conformance import raw as raw_module
 from conformance.engines import ENGINES, Engine, Place, Serve, Served, Wanted
 from conformance.holdings import expect_holdings, holdings
-from conformance.limits import edition_of_library, limit_of, require_library
+from conformance.limits import limit_of, require_library
 from conformance.nursery import Zygote
 from conformance.raw import RawClient, connect
 from vfio_user.client.background import background
@@ -31,11 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             assert isinstance(item, pytest.Function)
             if (reason := limit_of(item.path.stem, item.originalname, case)) is not None:
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
-            edition = item.get_closest_marker("edition")
-            if edition is not None and edition.args[0] != edition_of_library():
-                item.add_marker(
-                    pytest.mark.skip(reason=f"this libvfio-user does not speak {edition.args[0]}")
-                )
 
 
 def _library_case(item: pytest.Item) -> str | None:
@@ -55,6 +50,7 @@ def _known_to_fail(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if request.node.get_closest_marker("xfail"):
         monkeypatch.setattr(patience, "seconds", patience.SHORT)
     monkeypatch.setattr(raw_module, "bare_errors", False)
+    monkeypatch.setattr(moving, "exact_replies", False)
 
 
 @pytest.fixture(params=ENGINES, ids=lambda engine: engine.name)

@@ -6,17 +6,13 @@ import struct
 from collections.abc import Sequence
 from enum import IntEnum
 
-import pytest
-
 from conformance import wire
 from conformance.driving import BUSY, DOORBELL, STATUS
-from conformance.engines import ENGINES
 from conformance.raw import Answer, RawClient
 
-NATIVE = pytest.mark.parametrize("engine", ENGINES[:1], ids=["native"], indirect=True)
-"""The engine that speaks v2 whatever library is there."""
-EDITION_V1 = pytest.mark.edition("v1")
-"""Skipped with a libvfio-user of the other edition."""
+exact_replies = True
+"""Whether `get_state` and `read_stream` mind more than what they give; off for an engine that is known to
+reply with something else, for which there are tests."""
 
 PIECE = 16 << 10
 """What a UNIX socket of Linux delivers at once, however busy the machine: one buffer of the kernel.
@@ -69,7 +65,7 @@ async def set_state(raw: RawClient, *states: int) -> Answer:
 async def get_state(raw: RawClient) -> S:
     reply = (await feature(raw, GET | MIG_STATE)).ok
     argsz, flags, state, data_fd = struct.unpack("=IIIi", reply)
-    assert (argsz, flags, data_fd) == (16, GET | MIG_STATE, -1)
+    assert (argsz, flags, data_fd) == (16, GET | MIG_STATE, -1) or not exact_replies
     return S(state)
 
 
@@ -83,14 +79,15 @@ async def read_stream(raw: RawClient, size: int = 1 << 16) -> bytes:
     while True:
         reply = (await data_read(raw, size)).ok
         argsz, count = struct.unpack_from("=II", reply)
-        assert argsz == len(reply) == 8 + count
-        data += reply[8:]
+        assert argsz == 8 + count
+        assert argsz == len(reply) or not exact_replies
+        data += reply[8:argsz]
         if count < size:
             return data
 
 
 async def data_write(raw: RawClient, data: bytes) -> Answer:
-    return await raw.call(wire.MIG_DATA_WRITE, struct.pack("=II", 8, len(data)) + data)
+    return await raw.call(wire.MIG_DATA_WRITE, struct.pack("=II", 8 + len(data), len(data)) + data)
 
 
 async def write_stream(raw: RawClient, data: bytes, size: int = 1 << 16) -> None:

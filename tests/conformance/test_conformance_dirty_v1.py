@@ -30,13 +30,10 @@ from conformance.dirtying import (
 from conformance.driving import PAGE, start_copy
 from conformance.engines import Serve, Served
 from conformance.models import Blind
-from conformance.moving import EDITION_V1
 from conformance.raw import RawClient
 from vfio_user.client.client import open_client
 from vfio_user.client.memory import GuestRam
 from vfio_user.protocol.values import Bitmap, BitmapRange
-
-pytestmark = EDITION_V1
 
 
 @pytest.fixture

@@ -28,13 +28,11 @@ from conformance.dirtying import (
 from conformance.driving import PAGE, start_copy
 from conformance.engines import Serve, Served
 from conformance.models import Blind
-from conformance.moving import GET, LOGGING_REPORT, LOGGING_START, LOGGING_STOP, NATIVE, SET, feature
+from conformance.moving import GET, LOGGING_REPORT, LOGGING_START, LOGGING_STOP, SET, feature
 from conformance.raw import RawClient
 from vfio_user.client.client import open_client
 from vfio_user.client.errors import RemoteError
 from vfio_user.protocol.values import DmaLoggingRange
-
-pytestmark = NATIVE
 
 U64 = (1 << 64) - 1
 

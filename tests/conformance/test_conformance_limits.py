@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from conformance.engines import ENGINES
-from conformance.limits import ELSEWHERE, EXPECTED, limit_of
+from conformance.limits import ELSEWHERE, EXPECTED, Fails, ModuleFails, limit_of
 from vfio_user.cli.engines import ENGINES as NAMES
 from vfio_user.server.engines.libvfio_user_limits import LIMITS
 
@@ -29,12 +29,15 @@ def test_every_row_is_shown_by_a_test() -> None:
 def test_every_test_that_is_expected_to_fail_exists() -> None:
     functions = {
         node.name
-        for path in HERE.glob("test_*.py")
+        for path in HERE.glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.AsyncFunctionDef)
     }
-    named = {fails.test.rpartition("::")[2] for row in EXPECTED.values() for fails in row}
-    assert named <= functions
+    rows = [fails for row in EXPECTED.values() for fails in row]
+    named = {fails.test.rpartition("::")[2] for fails in rows if isinstance(fails, Fails)}
+    modules = [fails for fails in rows if isinstance(fails, ModuleFails)]
+    assert named.union(*(fails.good for fails in modules)) <= functions
+    assert all((HERE / f"{fails.module}.py").exists() for fails in modules)
 
 
 @pytest.mark.parametrize("test", ["test_that_does_not_exist", "test_a_handler_that_raises"])

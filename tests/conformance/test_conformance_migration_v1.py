@@ -17,7 +17,6 @@ from conformance.moving import (
     DATA,
     DATA_SIZE,
     DEVICE_STATE,
-    EDITION_V1,
     FIELDS,
     OFFSET,
     PENDING,
@@ -51,8 +50,6 @@ from conformance.moving import (
 )
 from conformance.raw import RawClient, connect
 from vfio_user.device_models.scratch import Scratch
-
-pytestmark = EDITION_V1
 
 MiB = 1 << 20
 TYPE, SPARSE = 2, 1

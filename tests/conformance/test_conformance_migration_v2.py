@@ -11,6 +11,7 @@ import pytest
 from conformance import wire
 from conformance.driving import PAGE, answer_dma, enable_bus_master, finished, map_private, start_copy
 from conformance.engines import Serve, Served
+from conformance.holdings import expect_holdings, holdings
 from conformance.models import OneWay
 from conformance.moving import (
     GET,
@@ -19,7 +20,7 @@ from conformance.moving import (
     LOGGING_STOP,
     MIG_STATE,
     MIGRATION,
-    NATIVE,
+    PIECE,
     PROBE,
     SAVING,
     SET,
@@ -39,8 +40,6 @@ from conformance.moving import (
 )
 from conformance.raw import RawClient, connect
 from vfio_user.device_models.scratch import Scratch
-
-pytestmark = NATIVE
 
 MiB = 1 << 20
 METHODS = {
@@ -171,6 +170,11 @@ async def test_a_device_starts_in_running(raw: RawClient) -> None:
     assert await get_state(raw) is S.RUNNING
 
 
+async def test_there_is_no_data_fd(raw: RawClient) -> None:
+    reply = (await feature(raw, GET | MIG_STATE)).ok
+    assert reply == struct.pack("=IIIi", 16, GET | MIG_STATE, S.RUNNING, -1)
+
+
 @pytest.mark.parametrize("state", [S.ERROR, 8, 9, 0x7FFFFFFF, 0xFFFFFFFF])
 async def test_error_and_what_is_no_state_cannot_be_asked_for(raw: RawClient, state: int) -> None:
     assert (await set_state(raw, state)).errno == errno.EINVAL
@@ -278,9 +282,9 @@ async def test_the_source_goes_on_after_a_migration_that_was_given_up(raw: RawCl
     await ring(raw)
     await finished(raw)
     for walk in ((S.PRE_COPY,), (S.PRE_COPY, S.STOP_COPY), (S.STOP_COPY,), (S.STOP,)):
-        await set_state(raw, *walk)
+        assert (await set_state(raw, *walk)).ok
         await ring(raw)
-        await set_state(raw, S.RUNNING)
+        assert (await set_state(raw, S.RUNNING)).ok
         await finished(raw)
 
 
@@ -323,6 +327,14 @@ async def test_the_data_is_a_stream_whatever_the_reads(raw: RawClient, size: int
         assert first == whole[:300]
     else:
         assert await read_stream(raw, size) == whole
+
+
+async def test_a_reply_is_as_long_as_its_data(raw: RawClient) -> None:
+    await set_state(raw, S.STOP_COPY)
+    reply = (await data_read(raw, MiB)).ok
+    argsz, size = struct.unpack_from("=II", reply)
+    assert size < MiB
+    assert argsz == len(reply) == 8 + size
 
 
 async def test_no_bytes_are_less_than_none_asked_for(raw: RawClient) -> None:
@@ -382,7 +394,7 @@ async def test_pre_copy_sends_what_changes_and_the_end_sends_the_rest(serve: Ser
         assert len(rest) < 20_000
         async with connect(destination.path) as other:
             await set_state(other, S.RESUMING)
-            await write_stream(other, first + second + rest, MiB)
+            await write_stream(other, first + second + rest, PIECE)
             assert (await set_state(other, S.RUNNING)).ok
             assert await read_words(other, 9, 2 * MiB, region=2) == b"changed\3\3"
             assert await read_words(other, 9, 3 * MiB, region=2) == b"at last\4\4"
@@ -492,7 +504,7 @@ async def refuse_all(raw: RawClient, foreign: bytes) -> None:
 @pytest.mark.parametrize("state", STATES)
 async def test_reset_leads_to_running_from_every_state(raw: RawClient, state: S) -> None:
     await write_words(raw, b"gone")
-    await set_state(raw, state)
+    assert (await set_state(raw, state)).ok
     assert (await raw.call(wire.RESET)).ok == b""
     assert await get_state(raw) is S.RUNNING
     assert await read_words(raw, 4) == bytes(4)
@@ -507,15 +519,17 @@ async def test_reset_leads_to_running_from_every_state(raw: RawClient, state: S)
 
 @pytest.mark.parametrize("state", STATES)
 async def test_a_client_that_vanishes_leaves_the_device_to_the_next(scratch: Served, state: S) -> None:
+    alone = holdings(scratch.pid)
     async with connect(scratch.path) as raw:
         data = await saved_state(raw)
         await write_words(raw, b"kept")
-        await set_state(raw, state)
+        assert (await set_state(raw, state)).ok
         await ring(raw)
         if state in SAVING:
             await data_read(raw, 1000)
         if state is S.RESUMING:
             await data_write(raw, data[:1000])
+    await expect_holdings(scratch.pid, alone)  # it has seen that one leave
     async with connect(scratch.path) as raw:
         stands = state in (S.STOP, S.STOP_COPY)  # it may have been moved away
         assert await get_state(raw) is (S.STOP if stands else S.RUNNING)
@@ -527,6 +541,15 @@ async def test_a_client_that_vanishes_leaves_the_device_to_the_next(scratch: Ser
         await set_state(raw, S.RESUMING)
         await write_stream(raw, again)
         assert (await set_state(raw, S.RUNNING)).ok
+
+
+async def test_who_waits_while_a_client_vanishes_is_served(scratch: Served) -> None:
+    async with connect(scratch.path) as raw:
+        assert (await set_state(raw, S.PRE_COPY)).ok
+        async with connect(scratch.path, negotiated=False) as waiting:
+            raw.shut()
+            await waiting.negotiate()
+            assert await get_state(waiting) is S.RUNNING
 
 
 async def test_a_client_that_vanishes_in_error_leaves_a_device_that_works(scratch: Served) -> None:
