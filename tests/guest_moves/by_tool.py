@@ -28,9 +28,14 @@ def request(
     )
 
 
-async def move(moving: Moving, writes: Writes = Writes.AUTO, tell: Tell = lambda progress: None) -> Report:
+async def move(
+    moving: Moving,
+    writes: Writes = Writes.AUTO,
+    tell: Tell = lambda progress: None,
+    destination: Side | None = None,
+) -> Report:
     """To the other place; the guest must arrive."""
-    destination = await moving.prepare()
+    destination = destination or await moving.prepare()
     with trio.fail_after(60):
         report = await GuestMigration(request(moving, destination, writes), tell).run()
     assert report.outcome is Outcome.COMPLETED, str(report.failure)

@@ -18,6 +18,7 @@ from vfio_user.client.qemu.traffic import Wire
 HOST, GUEST = "10.9.0.1", "10.9.0.2"
 NIC = Model("e1000", "nic", tap=True)
 STOP, HOLD = "/tmp/stop", "/tmp/hold"
+HELD_WORDS = "threadirqs isolcpus=1 irqaffinity=0 rcupdate.rcu_cpu_stall_timeout=120"
 _COMPLAINTS = (" hang", "timed out", "timeout", "warning", "call trace", "bug:", "failed", "reset", "is down")
 _HARMLESS = ("CPU speed", "mitigation")
 
@@ -56,8 +57,8 @@ async def transferring(moving: Moving, namespace: Namespace, host: str = HOST) -
 async def intx_held(moving: Moving) -> AsyncIterator[None]:
     """Inside the block the guest does not serve the NIC's interrupt: the pin goes high and stays so.
 
-    The guest needs hold.c, two CPUs, `threadirqs`, and `isolcpus=1` for what shall go on: the interrupt's
-    thread waits behind a busy one that goes first.
+    The guest needs hold.c, two CPUs and HELD_WORDS: the interrupt's thread waits behind a busy one that goes
+    first; all else is on the other CPU.
     """
     guest = moving.guest
     await guest.check("echo -1 > /proc/sys/kernel/sched_rt_runtime_us")

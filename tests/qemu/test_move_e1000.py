@@ -12,7 +12,7 @@ import trio
 
 from guest_moves.by_tool import move
 from guest_moves.counts import MOVES, SOAK
-from guest_moves.nic import GUEST, HOST, NIC, check_self_test, complaints, intx_held, transferring
+from guest_moves.nic import GUEST, HELD_WORDS, HOST, NIC, check_self_test, complaints, intx_held, transferring
 from guest_moves.pinger import INTERVAL, Pinger, pinging
 from vfio_user.client.qemu.command import Chipset, MachineOptions
 from vfio_user.client.qemu.lab import Lab
@@ -89,15 +89,15 @@ async def moved_without_loss(moving: Moving, pinger: Pinger, writes: Writes) -> 
 @shapes("root-port")
 async def test_with_intx_held_high(lab: Lab, namespace: Namespace, shape: Shape, hold: Path) -> None:
     files: Mapping[str, bytes | Path] = {**GUEST_FILES, "usr/bin/hold": hold}
-    words = "threadirqs isolcpus=1"
-    async with open_guest(lab, namespace, shape, cpus=2, kernel_words=words, files=files) as moving:
+    async with open_guest(lab, namespace, shape, cpus=2, kernel_words=HELD_WORDS, files=files) as moving:
         await bring_up(moving.guest, f"{GUEST}/24")
         await moving.guest.check("dmesg -c")
         async with pinging(namespace, GUEST) as pinger:
             async with transferring(moving, namespace) as transfers:
                 for _ in range(MOVES):
+                    destination = await moving.prepare()
                     async with intx_held(moving):
-                        report = await move(moving, shape.writes)
+                        report = await move(moving, shape.writes, destination=destination)
                         assert report.devices[0].intx_lowered
                     await pinger.next_answer()
             assert min(transfers.rounds) > MOVES
