@@ -6,7 +6,11 @@ import os
 import secrets
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 BACKLOG = 8
 """Clients that may wait for the present one to leave."""
@@ -59,7 +63,7 @@ class Listener:
         """Listen at `path`; a socket file that nobody serves any more is replaced."""
         clear_path(path)
         try:
-            return cls(_listen_unseen(path) or _listen(path), path)
+            return cls(listen_unseen(path, _listen, socket.socket.close), path)
         except OSError as error:
             raise ListenError.at(path, error) from error
 
@@ -108,30 +112,35 @@ def _listen(path: Path) -> socket.socket:
     return sock
 
 
-def _listen_unseen(path: Path) -> socket.socket | None:
-    """Listen under another name, and only then give the socket its own: who sees the file can connect.
+def listen_unseen(path: Path, listen: Callable[[Path], T], close: Callable[[T], None]) -> T:
+    """`listen` under another name, and only then give the socket its own: who sees the file can connect.
 
-    A link, for it replaces nothing. The kernel goes on showing the other name (ss -x). None: the path is too
-    long for that, or the file system has no links.
+    A link, for it replaces nothing. The kernel goes on showing the other name (ss -x). Where the path is too
+    long for that, or the file system has no links, `listen` at the path itself. OSError.
     """
     other = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     if len(os.fsencode(other)) > SUN_PATH_SIZE:
-        return None
+        return listen(path)
+    made = listen(other)
     try:
-        sock = _listen(other)
-        return sock if _link(other, path, sock) else None
+        if _link(other, path):
+            return made
+    except OSError:
+        close(made)
+        raise
     finally:
         other.unlink(missing_ok=True)
+    close(made)
+    return listen(path)
 
 
-def _link(other: Path, path: Path, sock: socket.socket) -> bool:
-    """Whether the socket has its name; else it is closed. OSError (EADDRINUSE): another one has the name."""
+def _link(other: Path, path: Path) -> bool:
+    """Whether it can be done here. OSError (EADDRINUSE): another one has the name."""
     try:
         os.link(other, path)
-    except OSError as error:
-        sock.close()
-        if error.errno == errno.EEXIST:
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from error
+    except FileExistsError as error:
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from error
+    except OSError:
         return False
     return True
 

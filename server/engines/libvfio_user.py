@@ -18,7 +18,7 @@ from vfio_user.server.engines.libvfio_user_callbacks import Callbacks
 from vfio_user.server.engines.libvfio_user_context import Context
 from vfio_user.server.engines.libvfio_user_host import LibraryHost
 from vfio_user.server.engines.libvfio_user_library import Library
-from vfio_user.transport.listener import ListenError, SocketFile, clear_path
+from vfio_user.transport.listener import ListenError, SocketFile, clear_path, listen_unseen
 from vfio_user.transport.poller import Poller
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ class LibvfioUserServer(Engine[LibraryHost]):
         assert self.device is not None
         clear_path(path)
         try:
-            context = Context(self._library, path)
+            # The library of v2 removes the file of the name that it was given, whosever it is by then.
+            context = listen_unseen(path, lambda path: Context(self._library, path), Context.destroy)
         except OSError as error:
             raise ListenError.at(path, error) from error
         self._context, self._file = context, SocketFile(path)
