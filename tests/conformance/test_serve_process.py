@@ -142,7 +142,7 @@ def test_a_connected_socket_may_be_inherited() -> None:
         assert exit_of(process) == (0, "")
 
 
-async def test_a_client_that_is_killed_is_forgotten(tmp_path: Path) -> None:
+async def test_a_client_that_is_killed_is_forgotten(tmp_path: Path, engine: str) -> None:
     """Its memory, its eventfds and its socket go; the next one is welcome."""
     path = tmp_path / "nic.sock"
     client = (
@@ -153,7 +153,7 @@ async def test_a_client_that_is_killed_is_forgotten(tmp_path: Path) -> None:
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "trio.run(run)\n"
     )
-    with serving("scratch", "--socket-path", path) as process:
+    with serving("scratch", "--socket-path", path, "--engine", engine) as process:
         before = holdings(process.pid)
         for _ in range(2):
             killed = await trio.run_process([sys.executable, "-c", client], check=False)
