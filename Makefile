@@ -22,7 +22,7 @@ help:
 	@echo "make lint   ruff and mypy --strict"
 	@echo "make unit   lint, unit, conformance and migration tests only: without root, and without what the lab is for"
 	@echo "make coverage  the unit, conformance and migration tests once more, and the lines that none of them ran"
-	@echo "make soak   the migration and end-to-end tests with the full counts"
+	@echo "make soak   the conformance, migration and end-to-end tests with the full counts"
 	@echo "make bench  the table of ratios beside the marks"
 	@echo "make lab    QEMU, guest and libvfio-user into the cache folder"
 
@@ -79,7 +79,7 @@ test: lint
 
 soak: $(VENV)/.test
 	@$(BIN)/vfio-user lab
-	@VFIO_USER_SOAK=1 $(BIN)/python -m pytest tests/migration tests/qemu
+	@VFIO_USER_SOAK=1 $(BIN)/python -m pytest tests/conformance tests/migration tests/qemu
 
 bench: $(VENV)/.test
 	@$(BIN)/python -m vfio_user.benchmarks
