@@ -39,6 +39,8 @@ class MovingDevice:
         self.growth = Growth()
         self.view: View | None = None
         """QEMU's own view of it, taken at the source."""
+        self.placed = False
+        """The destination's QEMU has the view already."""
         self.messages = 0
         """DMA writes by message before memory was copied."""
         self.pages_by_message = 0

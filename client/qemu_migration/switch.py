@@ -10,20 +10,29 @@ from vfio_user.client.qemu_migration.intx import lower_intx
 from vfio_user.client.qemu_migration.move import Move, MovingDevice, within
 from vfio_user.client.qemu_migration.report import MoveError, Step, Where
 from vfio_user.client.qemu_migration.together import side_by_side
+from vfio_user.client.qemu_migration.view import is_placed, may_be_placed, place, snapshot
 from vfio_user.client.qemu_migration.view import restore as restore_view
-from vfio_user.client.qemu_migration.view import snapshot
 
 WAIT_MS = 1000
 """For DMA replies that QEMU owes when a device is stopped."""
 
 
 async def stop_devices(move: Move) -> None:
-    """The source's. Interrupts that they raise from now on are kept in their states."""
+    """The source's. Interrupts that they raise from now on are kept in their states.
+
+    QEMU's view is taken meanwhile: nothing changes it, for the CPUs stand still.
+    """
     move.trail.begin(Step.STOP)
     move.marks["still"] = move.source.when("STOP") or time.perf_counter()
     limit = move.request.limits.stop
-    await move.each(lambda device: _stop(device, limit))
+    await move.each(lambda device: _stop_and_look(move, device, limit))
     move.mark("stopped")
+
+
+async def _stop_and_look(move: Move, device: MovingDevice, limit: float) -> None:
+    async with side_by_side() as nursery:
+        nursery.start_soon(_stop, device, limit)
+        nursery.start_soon(_snapshot, move, device)
 
 
 async def _stop(device: MovingDevice, seconds: float) -> None:
@@ -54,7 +63,7 @@ async def _hand_over(move: Move, device: MovingDevice) -> None:
         nursery.start_soon(_hand_over_log, device)
         nursery.start_soon(_lower, move, device)
         nursery.start_soon(_finish_state, device)
-        nursery.start_soon(_snapshot, move, device)
+        nursery.start_soon(_place, move, device)
 
 
 async def _hand_over_log(device: MovingDevice) -> None:
@@ -79,6 +88,15 @@ async def _snapshot(move: Move, device: MovingDevice) -> None:
             device.view = await snapshot(move.source.qmp, device.source, device.id)
 
 
+async def _place(move: Move, device: MovingDevice) -> None:
+    """Now, while the source sends nothing: every part that QEMU has to redraw its map of memory for."""
+    assert device.view is not None
+    if may_be_placed(device.view):
+        async with move.destination.monitor:
+            await place(move.destination.qmp, device.view)
+        device.placed = True
+
+
 async def last_pass(move: Move) -> None:
     """From here on QEMU alone decides who has the guest (`way_back.whose`)."""
     move.trail.begin(Step.LAST_PASS)
@@ -98,8 +116,11 @@ async def restore(move: Move) -> None:
 
 async def _restore(move: Move, device: MovingDevice) -> None:
     assert device.view is not None
+    qmp = move.destination.qmp
+    if device.placed and await is_placed(qmp, device.id, device.view):
+        return
     async with move.destination.monitor:
-        await restore_view(move.destination.qmp, device.destination, device.id, device.view)
+        await restore_view(qmp, device.destination, device.id, device.view)
 
 
 async def start(move: Move) -> None:

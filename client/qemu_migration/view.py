@@ -113,6 +113,37 @@ async def snapshot(qmp: Qmp, control: ControlClient, qdev_id: str) -> View:
         return View(function, configuration, regions, table, view.address_register)
 
 
+async def place(qmp: Qmp, view: View) -> None:
+    """Give the destination's QEMU the view while it still waits for the last pages, where `may_be_placed`.
+
+    QEMU takes its devices from the stream at the very end, and this one is not among them. Port 0xcf8 comes
+    with them too, so that no device may be on its way meanwhile. CannotRestore, QmpLost.
+    """
+    with _complaints():
+        await _write(qmp, view, _plain_writes(view.configuration))
+
+
+def may_be_placed(view: View) -> bool:
+    """Not behind a bridge, whose bus number comes with the last pages; and not with MSI or MSI-X, which has a
+    server set up for interrupts while it still takes in the device's state."""
+    plain = _table_to_write(view) is None and not interrupt_writes(view.configuration)
+    return view.function.bus == 0 and plain
+
+
+def _plain_writes(configuration: Configuration) -> list[Write]:
+    command = [command_write(configuration.command)] if configuration.changed(COMMAND, 2) else []
+    return [*bar_writes(configuration), *command, *power_writes(configuration)]
+
+
+async def is_placed(qmp: Qmp, qdev_id: str, view: View) -> bool:
+    """Whether what `place` did stands, now that QEMU has the guest. QmpError, QmpLost."""
+    try:
+        _compare(view, *_find(await qmp.execute("query-pci"), qdev_id))
+    except CannotRestore:
+        return False
+    return True
+
+
 async def restore(qmp: Qmp, control: ControlClient, qdev_id: str, view: View) -> None:
     """Give the view to the destination's QEMU, which has taken the guest and is paused.
 

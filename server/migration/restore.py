@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vfio_user.device_models.device import Device
-from vfio_user.device_models.state import Apply, load_sections, save_sections
+from vfio_user.device_models.state import Apply, SavedSections, load_sections, save_sections
 from vfio_user.device_models.state_memory import StateMemory
 from vfio_user.server.migration.reader import Staged
 
@@ -50,7 +50,7 @@ def restore(device: Device, host: Stoppable, staged: Staged) -> None:
     """
     sections, memories = device.sections(), device.memories()
     applies = load_sections(sections, staged.sections)
-    undo = load_sections(sections, save_sections(sections))
+    saved = save_sections(sections)
     host.reset()  # tasks and timers of the state that goes
     before: list[tuple[StateMemory, memoryview]] = []
     try:
@@ -60,16 +60,16 @@ def restore(device: Device, host: Stoppable, staged: Staged) -> None:
         device.restored()
     except Exception as error:
         host.reset()
-        if not _undo(device, undo, before):
+        if not _undo(device, saved, before):
             raise NotUndone(error) from error
         raise
 
 
-def _undo(device: Device, applies: Sequence[Apply], memories: _Before) -> bool:
+def _undo(device: Device, saved: SavedSections, memories: _Before) -> bool:
     try:
         for memory, before in memories:
             memory.adopt(before)
-        _apply_all(applies)
+        _apply_all(load_sections(device.sections(), saved))
         device.restored()
     except Exception:
         logger.exception("%s cannot go back to the state of before", device.model)

@@ -163,16 +163,16 @@ class FakeQemu:
         return values.get(property) or (4 + list(self.vmms).index(id)) << 3
 
     async def do_human_monitor_command(self, command_line: str) -> Any:
-        """A read of memory is one of a BAR, and says that the interrupt was served; or of an MSI-X table,
-        which is as after a reset."""
+        """A read of one word is one of a BAR, and says that the interrupt was served; one of more is of an
+        MSI-X table, which QEMU has itself, and which is as after a reset."""
         word, _, place = command_line.partition(" ")
         if word.startswith("i/"):
             return f"portl[{place}] = 0x0\r\n"
         if not word.startswith("xp/"):
             return ""
-        for vmm in self.vmms.values():
-            await vmm.intx.acknowledge()
         count = int(word[3:-2])
+        for vmm in self.vmms.values() if count == 1 else ():
+            await vmm.intx.acknowledge()
         words = " ".join(f"{int(number % 4 == 3):#010x}" for number in range(count))
         return f"{int(place, 16):016x}: {words}\r\n"
 
