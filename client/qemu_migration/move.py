@@ -39,6 +39,8 @@ class MovingDevice:
         self.growth = Growth()
         self.view: View | None = None
         """QEMU's own view of it, taken at the source."""
+        self.early: View | None = None
+        """What the destination's QEMU was given of it while memory was copied."""
         self.placed = False
         """The destination's QEMU has the view already."""
         self.messages = 0

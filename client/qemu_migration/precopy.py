@@ -5,6 +5,7 @@ import trio
 
 from vfio_user.client.qemu_migration.facts import DeviceFacts, Facts, ask_qemu
 from vfio_user.client.qemu_migration.move import Move, MovingDevice, within
+from vfio_user.client.qemu_migration.placing import place_early
 from vfio_user.client.qemu_migration.preflight import find_reasons
 from vfio_user.client.qemu_migration.report import MoveError, Progress, Refused, Step, Where
 from vfio_user.client.qemu_migration.request import Writes
@@ -129,6 +130,7 @@ async def copy(move: Move) -> None:
     await move.source.qmp.execute("migrate", uri=move.request.uri)
     async with side_by_side() as nursery:
         nursery.start_soon(_watch, move)
+        nursery.start_soon(place_early, move)
         await move.source.until(SWITCHED)
         nursery.cancel_scope.cancel()  # an answer that nobody waits for any more would be downtime
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from vfio_user.client.qemu_migration.intx import lower_intx
 from vfio_user.client.qemu_migration.move import Move, MovingDevice, within
+from vfio_user.client.qemu_migration.placing import place_now
 from vfio_user.client.qemu_migration.report import MoveError, Step, Where
 from vfio_user.client.qemu_migration.together import side_by_side
-from vfio_user.client.qemu_migration.view import is_placed, may_be_placed, place, snapshot
+from vfio_user.client.qemu_migration.view import is_placed, snapshot
 from vfio_user.client.qemu_migration.view import restore as restore_view
 
 WAIT_MS = 1000
@@ -18,21 +19,12 @@ WAIT_MS = 1000
 
 
 async def stop_devices(move: Move) -> None:
-    """The source's. Interrupts that they raise from now on are kept in their states.
-
-    QEMU's view is taken meanwhile: nothing changes it, for the CPUs stand still.
-    """
+    """The source's. Interrupts that they raise from now on are kept in their states."""
     move.trail.begin(Step.STOP)
     move.marks["still"] = move.source.when("STOP") or time.perf_counter()
     limit = move.request.limits.stop
-    await move.each(lambda device: _stop_and_look(move, device, limit))
+    await move.each(lambda device: _stop(device, limit))
     move.mark("stopped")
-
-
-async def _stop_and_look(move: Move, device: MovingDevice, limit: float) -> None:
-    async with side_by_side() as nursery:
-        nursery.start_soon(_stop, device, limit)
-        nursery.start_soon(_snapshot, move, device)
 
 
 async def _stop(device: MovingDevice, seconds: float) -> None:
@@ -63,7 +55,7 @@ async def _hand_over(move: Move, device: MovingDevice) -> None:
         nursery.start_soon(_hand_over_log, device)
         nursery.start_soon(_lower, move, device)
         nursery.start_soon(_finish_state, device)
-        nursery.start_soon(_place, move, device)
+        nursery.start_soon(_snapshot_and_place, move, device)
 
 
 async def _hand_over_log(device: MovingDevice) -> None:
@@ -82,19 +74,11 @@ async def _finish_state(device: MovingDevice) -> None:
         await device.carrier.done.wait()
 
 
-async def _snapshot(move: Move, device: MovingDevice) -> None:
+async def _snapshot_and_place(move: Move, device: MovingDevice) -> None:
     async with move.source.monitor:
         with device.timed("view"):
             device.view = await snapshot(move.source.qmp, device.source, device.id)
-
-
-async def _place(move: Move, device: MovingDevice) -> None:
-    """Now, while the source sends nothing: every part that QEMU has to redraw its map of memory for."""
-    assert device.view is not None
-    if may_be_placed(device.view):
-        async with move.destination.monitor:
-            await place(move.destination.qmp, device.view)
-        device.placed = True
+    await place_now(move, device)
 
 
 async def last_pass(move: Move) -> None:

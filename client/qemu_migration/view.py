@@ -17,7 +17,7 @@ this may concern, and the destination's device is made to owe them: an interrupt
 import contextlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vfio_user.client.control import ControlClient
@@ -111,6 +111,29 @@ async def snapshot(qmp: Qmp, control: ControlClient, qdev_id: str) -> View:
         view = View(function, configuration, regions, None, monitor.parse_port(register))
         table = await _read_table(qmp, view)
         return View(function, configuration, regions, table, view.address_register)
+
+
+async def glance(qmp: Qmp, control: ControlClient, qdev_id: str) -> View:
+    """What can be had of the view while the guest runs, and disturbs nothing: no table, no port 0xcf8.
+
+    CannotRestore, QmpLost, ControlLost.
+    """
+    with _complaints():
+        function, regions = _find(await qmp.execute("query-pci"), qdev_id)
+        configuration = parse_configuration(await control.call("configuration"))
+        return View(function, configuration, regions, None, 0)
+
+
+def places_alike(one: View, other: View) -> bool:
+    """Whether `place` does the same with both."""
+    return one.function == other.function and _plain_writes(one.configuration) == _plain_writes(
+        other.configuration
+    )
+
+
+def in_full(view: View) -> View:
+    """The same view for a QEMU whose registers are those of power-on no longer: all of them are written."""
+    return replace(view, configuration=replace(view.configuration, power_on=None))
 
 
 async def place(qmp: Qmp, view: View) -> None:

@@ -22,7 +22,7 @@ from vfio_user.client.qemu_migration.capabilities import (
     power_writes,
 )
 from vfio_user.client.qemu_migration.monitor import Function, Write
-from vfio_user.client.qemu_migration.view import View
+from vfio_user.client.qemu_migration.view import View, in_full, may_be_placed, places_alike
 from vfio_user.device_models import pci
 from vfio_user.device_models.device import IrqIndex, RegionIndex
 from vfio_user.device_models.fake_host import FakeHost
@@ -250,3 +250,28 @@ def test_msi_with_masks_owes_as_well(control: int, place: int, owed: int) -> Non
     struct.pack_into("<I", space, place, 0x8000_0006)
     found = Configuration(bytes(space), None, (), fired={IrqIndex.MSI: 0b0011})
     assert View(Function(0, 4, 0), found, {}, None, 0).owed == {IrqIndex.MSI: owed, IrqIndex.MSIX: 0}
+
+
+def at(device: Device, bus: int = 0) -> View:
+    return View(Function(bus, 4, 0), view(device), {}, None, 0)
+
+
+def test_what_may_be_placed_before_qemus_own_devices_come(device: Device) -> None:
+    place_bars(device)
+    assert may_be_placed(at(device))
+    assert not may_be_placed(at(device, bus=1))
+    guest_writes(device, place(device, CAP_MSIX) + 3, b"\x80")
+    assert not may_be_placed(at(device))
+
+
+def test_what_the_guest_has_changed_since_is_written_in_full(device: Device) -> None:
+    place_bars(device)
+    early = at(device)
+    assert places_alike(early, at(device))
+    guest_writes(device, 4, b"\x00\x00")
+    late = at(device)
+    assert not places_alike(early, late)
+    assert not may_be_placed(in_full(late))  # by `restore`: interrupts are not left as they may be
+    written = {write.offset for write in bar_writes(in_full(late).configuration)}
+    assert written >= {bar.offset for bar in late.configuration.bars}
+    assert in_full(late).configuration.changed(4, 2)
