@@ -131,7 +131,7 @@ _ROWS = (
         for key, text in (("downtime", ""), ("downtime.written", "100 MB/s: "))
         for part, name in (
             ("stop", "the devices stop"),
-            ("hand_over", "logs, interrupts, states, view"),
+            ("hand_over", "logs, interrupts, view"),
             ("last_pass", "QEMU's last pages"),
             ("restore", "QEMU's view is restored"),
             ("start", "devices and CPUs start"),

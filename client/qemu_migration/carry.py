@@ -4,6 +4,7 @@
 It goes through this process, over connections of its own: descriptors pass through no SSH forwarding.
 """
 
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -25,6 +26,8 @@ class Carrier:
         self._destination = destination
         self.bytes = 0
         self.done = trio.Event()
+        self.ended = 0.0
+        """When, by `time.perf_counter`."""
         self._all_read = False
 
     async def run(self) -> None:
@@ -35,6 +38,7 @@ class Carrier:
                 if self._all_read:
                     await save.check()  # if it was the source's fault, this says so
                 raise
+        self.ended = time.perf_counter()
         self.done.set()
 
     async def _counted(self, save: InlineSave) -> AsyncIterator[bytes]:

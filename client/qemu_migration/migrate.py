@@ -94,11 +94,12 @@ class GuestMigration:
             await self._give_up(move, failure)
 
     async def _move(self, move: Move) -> Report:
-        failure = await self._guarded(self._until_handed_over, move)
-        if failure is not None:
-            return await shielded(self._give_up(move, failure))
-        failure = await self._guarded(switch.last_pass, move)
-        return await shielded(self._unclear(move, failure) if failure else self._arrive(move))
+        failure = await self._guarded(self._until_completed, move)
+        if failure is None:
+            return await shielded(self._arrive(move))
+        return await shielded(
+            self._unclear(move, failure) if move.continued else self._give_up(move, failure)
+        )
 
     async def _guarded(self, work: Callable[[Move], Awaitable[None]], move: Move) -> Failure | None:
         """Why `work` was not done: trouble with a peer, time-out, or cancel."""
@@ -110,12 +111,13 @@ class GuestMigration:
             return self._trail.failure(error)
         return self._trail.failure(MoveError(self._why_cut()))
 
-    async def _until_handed_over(self, move: Move) -> None:
+    async def _until_completed(self, move: Move) -> None:
         async with side_by_side() as nursery:
             await precopy.prepare(move, nursery)
             await precopy.copy(move)
             await switch.stop_devices(move)
             await switch.hand_over(move)
+            await switch.last_pass(move)
 
     # After migrate-continue
 
@@ -124,6 +126,8 @@ class GuestMigration:
         guest = Guest.NOWHERE
         with trio.move_on_after(self._request.limits.recovery):
             guest = await whose(move)
+        if guest is Guest.DESTINATION and not all(device.carrier.done.is_set() for device in move.devices):
+            return await self._give_up(move, failure)  # QEMU is done, but the devices' states did not arrive
         if guest is Guest.DESTINATION:
             self._trail.note(f"in spite of this the guest arrived: {failure.reason}")
             return await self._arrive(move)

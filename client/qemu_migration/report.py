@@ -98,9 +98,9 @@ class Downtime:
     stop: float = 0.0
     """Until all devices stand still."""
     hand_over: float = 0.0
-    """Logs, interrupts, states and QEMU's view of the devices, all at once (`Parts`)."""
+    """Logs, interrupts and QEMU's view of the devices, all at once (`DeviceReport`)."""
     last_pass: float = 0.0
-    """QEMU sends the last pages and its own devices."""
+    """QEMU sends the last pages and its own devices; the ends of our devices' states arrive."""
     restore: float = 0.0
     """QEMU's view of the devices."""
     start: float = 0.0
@@ -113,7 +113,7 @@ class Downtime:
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
-    """What was done for one device. Milliseconds; the four ran side by side, and with other devices'."""
+    """What was done for one device. Milliseconds, from the stop for `state`; they ran side by side."""
 
     id: str
     model: str

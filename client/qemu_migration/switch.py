@@ -44,7 +44,8 @@ def _why(result: Mapping[str, Any]) -> str:
 
 
 async def hand_over(move: Move) -> None:
-    """Logs to QEMU, INTx low, states to the destination: everything that goes before the last pages."""
+    """Logs to QEMU, INTx low, QEMU's view: everything that has to go before the last pages. The states are on
+    their way meanwhile."""
     move.trail.begin(Step.HAND_OVER)
     await move.each(lambda device: _hand_over(move, device))
     move.mark("handed-over")
@@ -54,7 +55,6 @@ async def _hand_over(move: Move, device: MovingDevice) -> None:
     async with side_by_side() as nursery:
         nursery.start_soon(_hand_over_log, device)
         nursery.start_soon(_lower, move, device)
-        nursery.start_soon(_finish_state, device)
         nursery.start_soon(_snapshot_and_place, move, device)
 
 
@@ -69,11 +69,6 @@ async def _lower(move: Move, device: MovingDevice) -> None:
         device.intx_lowered = await lower_intx(device, move.source.qmp)
 
 
-async def _finish_state(device: MovingDevice) -> None:
-    with device.timed("state"):
-        await device.carrier.done.wait()
-
-
 async def _snapshot_and_place(move: Move, device: MovingDevice) -> None:
     async with move.source.monitor:
         with device.timed("view"):
@@ -82,13 +77,20 @@ async def _snapshot_and_place(move: Move, device: MovingDevice) -> None:
 
 
 async def last_pass(move: Move) -> None:
-    """From here on QEMU alone decides who has the guest (`way_back.whose`)."""
+    """From here on QEMU alone decides who has the guest (`whose`). The devices' states arrive meanwhile, too:
+    without them the source gets its guest back, which QEMU allows until the other one is started."""
     move.trail.begin(Step.LAST_PASS)
     move.continued = True
     await move.source.qmp.execute("migrate-continue", state="pre-switchover")
     await move.source.until("completed")
     await move.destination.until("completed")
+    await move.each(lambda device: _finish_state(move, device))
     move.mark("completed")
+
+
+async def _finish_state(move: Move, device: MovingDevice) -> None:
+    await device.carrier.done.wait()
+    device.ms["state"] = (device.carrier.ended - move.marks["stopped"]) * 1000
 
 
 async def restore(move: Move) -> None:

@@ -2,7 +2,7 @@
 """A guest's move step by step, and each way in which it can go wrong: real servers, real control sockets, and
 QEMUs without a guest that speak QMP (tests/qemu has real ones)."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,11 @@ from guest_moves.fake_qemu import FakeQemu, Refusal, fake_pair
 from migration.control_bed import SMALL_RAM, Served, listen, opened
 from vfio_user.client.control import ControlClient
 from vfio_user.client.fake_vmm import FakeVmm
+from vfio_user.client.qemu_migration import carry
 from vfio_user.client.qemu_migration.migrate import GuestMigration
 from vfio_user.client.qemu_migration.report import MoveError, Outcome, Progress, Refused, Report, Step
 from vfio_user.client.qemu_migration.request import DeviceRequest, Limits, Request, Writes
+from vfio_user.protocol.json_rpc import FAILED, RpcError
 
 REGISTER = 0x10
 
@@ -302,6 +304,26 @@ async def test_the_destination_is_lost_after_all_was_sent(scene: Scene) -> None:
     report = await scene.move()
     await home_again(scene, report)
     assert scene.source.ran == ["cont"]
+
+
+async def test_a_state_that_does_not_fit_when_qemu_is_done(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It travels during the last pass, and may be late."""
+
+    async def late(_path: Path, chunks: AsyncIterable[bytes]) -> None:
+        async for _ in chunks:
+            pass
+        while scene.destination.migration != "completed":  # noqa: ASYNC110 - the fake tells nobody
+            await trio.sleep(0.001)
+        raise RpcError(FAILED, "it does not fit")
+
+    monkeypatch.setattr(carry, "inline_load", late)
+    report = await scene.move()
+    await home_again(scene, report)
+    assert "it does not fit" in str(report.failure)
+    assert scene.source.ran == ["cont"]
+    assert scene.destination.status == "gone"
 
 
 async def test_a_view_that_cannot_be_restored_ends_the_destination_first(scene: Scene) -> None:
