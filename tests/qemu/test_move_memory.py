@@ -58,7 +58,6 @@ async def forgetful_source(moving: Moving) -> None:
     await move(moving)
 
 
-@pytest.mark.skipif(not SOAK, reason="make soak")
 async def test_without_mapped_memory(
     lab: Lab, namespace: Namespace, scribble: Path, scribbler: Model
 ) -> None:
