@@ -11,6 +11,7 @@ from vfio_user.device_models.pci_device import PciDevice
 from vfio_user.device_models.regions import SharedMemory, StreamedMemory, parse_size
 from vfio_user.device_models.registers import Register, RegisterFile
 from vfio_user.device_models.state import Apply, Fields, Reader, Section
+from vfio_user.device_models.state_memory import Ranges
 
 PLACES = (
     *("nowhere", "constructor", "reset", "region", "config", "unmask", "counters"),
@@ -79,9 +80,9 @@ class _Memory(StreamedMemory):
         self._fail_at("take")
         return super().take(limit)
 
-    def adopt(self, memory: memoryview) -> memoryview:
+    def adopt(self, memory: memoryview, used: Ranges | None = None) -> memoryview:
         self._fail_at("adopt")
-        return super().adopt(memory)
+        return super().adopt(memory, used)
 
 
 class Faulty(PciDevice):

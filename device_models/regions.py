@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vfio_user.device_models.state import Apply, Fields, Reader, Section
-from vfio_user.device_models.state_memory import WriteLog
+from vfio_user.device_models.state_memory import Ranges, WriteLog
 
 Buffer = bytes | bytearray | memoryview
 
@@ -144,12 +144,14 @@ class StreamedMemory(Region):
             self._view[offset : offset + length] = bytes(length)
         self._log.mark_zeroed()
 
-    def adopt(self, memory: memoryview) -> memoryview:
+    def adopt(self, memory: memoryview, used: Ranges | None = None) -> memoryview:
         """See `StateMemory.adopt`. ValueError if it does not fit."""
         if len(memory) != self.size or memory.readonly:
             raise ValueError(f"{len(memory)} bytes cannot take the place of {self.size} writable ones")
         before, self._view = self._view, memory
-        self._log.mark(0, self.size)
+        self._log.mark_used()
+        for offset, length in ((0, self.size),) if used is None else used:
+            self._log.mark(offset, length)
         return before
 
     def read(self, offset: int, count: int) -> bytes:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Device memory that is part of the state but too large for a section, and the log of what was written."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 PAGE = 4096
 _PIECE = 1 << 20
+
+Ranges = Iterable[tuple[int, int]]
+"""Offset and length of each, in bytes."""
 
 
 class StateMemory(Protocol):
@@ -34,8 +37,11 @@ class StateMemory(Protocol):
         It counts as sent from now on. The caller copies it before the device goes on. None: there is none.
         """
 
-    def adopt(self, memory: memoryview) -> memoryview:
+    def adopt(self, memory: memoryview, used: Ranges | None = None) -> memoryview:
         """Be what `memory` (writable, of the same size) is from now on; gives what it was before.
+
+        `used`: where `memory` may differ from zero, but for what was used here before, which goes on counting
+        as used: what has been sent of it is to be sent again. None: everywhere.
 
         Where nobody else maps the memory, it takes the place of the old one at no cost, and belongs to the
         device from now on.
@@ -66,6 +72,11 @@ class WriteLog:
         if self._written is None:
             self._used = bytearray(len(self._used))
         else:  # what was sent before is to be sent again, as zeros
+            self.mark_used()
+
+    def mark_used(self) -> None:
+        """Whatever may differ from zero, or did, has another content now."""
+        if self._written is not None:
             self._written[:] = self._used
 
     def used(self) -> Iterator[tuple[int, int]]:

@@ -125,7 +125,7 @@ class MigrationEngine:
 
     def _forget(self) -> None:
         self._end_saving()
-        self._reader = None
+        self._end_resuming()
         self.reason = ""
 
     def _walk(self, steps: Path) -> None:
@@ -249,8 +249,13 @@ class MigrationEngine:
             restore(self._device, self._host, self._reader.finish())
         except NotUndone as error:
             self._broken = True
-            raise error.reason from None
-        self._reader = None
+            raise error.take_reason() from None
+        self._end_resuming()
+
+    def _end_resuming(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
 
 
 ACTIONS: Mapping[tuple[MigrationState, MigrationState], Callable[[MigrationEngine], None]] = {

@@ -7,9 +7,9 @@ leaves nothing open is given out.
 """
 
 import struct
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import xxhash
 
@@ -41,6 +41,8 @@ class Staged:
 
     sections: dict[str, tuple[int, Fields]]
     memories: dict[str, memoryview]
+    used: Mapping[str, Sequence[tuple[int, int]]]
+    """Offset and length of each part of a memory that may differ from zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class StreamReader:
                 rest = self._fill(rest)
         except StateError as error:
             self._refuse(error)
+            raise
 
     def finish(self) -> Staged:
         """All of the stream has been fed: what it holds. StateError when something is missing."""
@@ -88,18 +91,30 @@ class StreamReader:
                 raise StateError("", "", f"it ends after {self._received} bytes, in {self._place}")
         except StateError as error:
             self._refuse(error)
+            raise
         memories = {name: memory.view for name, memory in self._memories.items()}
-        return Staged(self._sections, memories)
+        used = {name: tuple(memory.used()) for name, memory in self._memories.items()}
+        return Staged(self._sections, memories, used)
+
+    def close(self) -> None:
+        """Nothing more is wanted of it. What was staged and not given out is freed at once.
+
+        The parser and the error know the reader, which would wait for the cyclic collector otherwise.
+        """
+        self._parser.close()
+        self._wanted = None
+        self._error = StateError("", "", "the reader is closed")
+        self._sections = {}
+        self._memories = {}
 
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _refuse(self, error: StateError) -> NoReturn:
+    def _refuse(self, error: StateError) -> None:
         self._error = error
         self._sections.clear()
         self._memories.clear()
-        raise error
 
     def _fill(self, data: memoryview) -> memoryview:
         """Copy what fits into the buffer that is wanted; what is left over is given back."""

@@ -40,7 +40,14 @@ class NotUndone(Exception):
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
-        self.reason = reason
+        self._reason = reason
+
+    def take_reason(self) -> Exception:
+        """The reason, which may be raised in place of this: no circle of the two holds what was staged."""
+        reason = self._reason
+        del self._reason
+        self.__cause__ = self.__context__ = None
+        return reason
 
 
 def restore(device: Device, host: Stoppable, staged: Staged) -> None:
@@ -56,7 +63,7 @@ def restore(device: Device, host: Stoppable, staged: Staged) -> None:
     try:
         _apply_all(applies)
         for name, memory in memories.items():
-            before.append((memory, memory.adopt(staged.memories[name])))
+            before.append((memory, memory.adopt(staged.memories[name], staged.used[name])))
         device.restored()
     except Exception as error:
         host.reset()
@@ -68,7 +75,7 @@ def restore(device: Device, host: Stoppable, staged: Staged) -> None:
 def _undo(device: Device, saved: SavedSections, memories: _Before) -> bool:
     try:
         for memory, before in memories:
-            memory.adopt(before)
+            memory.adopt(before, ())  # all that it used still counts as used
         _apply_all(load_sections(device.sections(), saved))
         device.restored()
     except Exception:

@@ -2,6 +2,7 @@
 """Memory of a device on its way in: it takes room and work only where something was written."""
 
 import mmap
+from collections.abc import Iterator
 
 from vfio_user.device_models.state_memory import PAGE
 
@@ -11,8 +12,8 @@ class StagedMemory:
     zeros, so each page that is cleared must have been paid for by bytes that were written into it before."""
 
     def __init__(self, size: int) -> None:
-        # Anonymous memory is zero, and costs nothing where nothing is written.
-        self.view = memoryview(mmap.mmap(-1, size))
+        # Zero, and costs nothing where nothing is written; private, or reading a page would allocate it.
+        self.view = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self._written = bytearray(-(-size // PAGE))
         """One byte for each page that may differ from zero."""
 
@@ -35,3 +36,11 @@ class StagedMemory:
             if stop - begin == PAGE:
                 self._written[place] = 0
             place += 1
+
+    def used(self) -> Iterator[tuple[int, int]]:
+        """Offset and length of each run of pages that may differ from zero."""
+        written, end = self._written, 0
+        while (first := written.find(1, end)) >= 0:
+            behind = written.find(0, first)
+            end = len(written) if behind < 0 else behind
+            yield first * PAGE, min(end * PAGE, len(self)) - first * PAGE

@@ -2,8 +2,12 @@
 """The migration engine: what each state does to the device, and what is left when a step fails."""
 
 import errno
+import gc
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -14,10 +18,12 @@ from vfio_user.device_models.regions import StreamedMemory
 from vfio_user.device_models.registers import Register, RegisterFile
 from vfio_user.device_models.scratch import Scratch
 from vfio_user.device_models.state import Apply, Fields, Reader, Section
-from vfio_user.device_models.state_memory import StateMemory
+from vfio_user.device_models.state_memory import Ranges, StateMemory
 from vfio_user.protocol.constants import MigrationState
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.server.migration.engine import MigrationEngine
+from vfio_user.server.migration.reader import StreamReader
+from vfio_user.server.migration.staging import StagedMemory
 
 S = MigrationState
 STATES = [state for state in S if state is not S.ERROR]
@@ -70,9 +76,9 @@ class _FragileMemory(StreamedMemory):
         self._fail_at("take")
         return super().take(limit)
 
-    def adopt(self, memory: memoryview) -> memoryview:
+    def adopt(self, memory: memoryview, used: Ranges | None = None) -> memoryview:
         self._fail_at("adopt")
-        return super().adopt(memory)
+        return super().adopt(memory, used)
 
 
 class Bench:
@@ -619,7 +625,7 @@ def test_memory_of_before_comes_back_by_copy_where_it_cannot_be_swapped() -> Non
     class Copying(StreamedMemory):
         """As one whose memory a client has mapped: the content moves, the memory stays."""
 
-        def adopt(self, memory: memoryview) -> memoryview:
+        def adopt(self, memory: memoryview, used: Ranges | None = None) -> memoryview:
             before = memoryview(bytearray(self.view))
             self.view[:] = memory
             return before
@@ -644,6 +650,128 @@ def test_memory_of_before_comes_back_by_copy_where_it_cannot_be_swapped() -> Non
     with pytest.raises(DeviceError):
         bench.go(S.STOP)
     assert bench.device.shared.read(0, 4) == b"kept"
+
+
+# What a restore leaves behind
+
+
+@pytest.fixture
+def no_collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Only counts of references free anything; and pytest keeps no log, nor its tracebacks."""
+    for module in ("engine", "restore"):
+        monkeypatch.setattr(logging.getLogger(f"vfio_user.server.migration.{module}"), "disabled", True)
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture
+def staged(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[object]]:
+    """Every reader and every memory that is staged from now on."""
+    made: list[weakref.ref[object]] = []
+
+    def watch(kind: type[object], construct: Callable[[Any, Any], None]) -> None:
+        def note(self: Any, argument: Any) -> None:
+            construct(self, argument)
+            made.append(weakref.ref(self.view.obj if isinstance(self, StagedMemory) else self))
+
+        monkeypatch.setattr(kind, "__init__", note)
+
+    watch(StreamReader, StreamReader.__init__)
+    watch(StagedMemory, StagedMemory.__init__)
+    return made
+
+
+def _refused(bench: Bench, data: bytes) -> None:
+    with pytest.raises(DeviceError):
+        bench.engine.write(data)
+
+
+def _stopped(bench: Bench) -> None:
+    with pytest.raises(DeviceError):
+        bench.go(S.STOP)
+
+
+ENDS: Mapping[str, Callable[[Bench], None]] = {
+    "reset": lambda bench: bench.engine.reset(),
+    "client left": lambda bench: bench.engine.client_left(),
+    "abandoned": lambda bench: bench.engine.abandon(None, S.STOP),
+    "too short": _stopped,
+    "damaged": lambda bench: _refused(bench, b"\xff" * 64),
+}
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("cut", [40, 1])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_restore_that_comes_to_nothing_gives_its_memory_back_at_once(
+    end: str, cut: int, staged: list[weakref.ref[object]]
+) -> None:
+    source = Bench(fragile)
+    source.write(4096, b"moved", region=2)
+    data = source.go(S.STOP_COPY).save()
+    bench = Bench(fragile).go(S.RESUMING)
+    bench.engine.write(data[:-cut])
+    assert len([made for made in staged if made() is not None]) == 2
+    ENDS[end](bench)
+    assert [made() for made in staged] == [None, None]
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_stream_that_is_refused_within_a_memory_gives_the_memory_back_at_once(
+    staged: list[weakref.ref[object]],
+) -> None:
+    data = bytearray(saved(fragile))
+    bench = Bench(fragile).go(S.RESUMING)
+    first = data.index(b"bar2") + 4 + 16
+    bench.engine.write(data[:first])
+    assert len(staged) == 2
+    _refused(bench, packed_zero("bar2", SIZE, 4096))
+    assert [made() for made in staged] == [None, None]
+
+
+def packed_zero(name: str, offset: int, length: int) -> bytes:
+    head = bytes([3, len(name)]) + bytes(2) + (16).to_bytes(4, "little")
+    return head + name.encode() + offset.to_bytes(8, "little") + length.to_bytes(8, "little")
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("place", ["load", "apply", "adopt", "restored"])
+def test_a_model_that_refuses_a_state_leaves_nothing_staged(
+    place: str, times: int, staged: list[weakref.ref[object]]
+) -> None:
+    data = saved(fragile)
+    bench = broken(place, times).go(S.RESUMING)
+    bench.engine.write(data)
+    _stopped(bench)
+    assert len(staged) == 2
+    assert [made() for made in staged] == [None, None]
+
+
+def test_an_empty_memory_that_was_restored_has_nothing_to_say() -> None:
+    make = partial(Scratch, memory=64 << 20)
+    source = Bench(make)
+    data = source.go(S.STOP_COPY).save()
+    bench = Bench(make).go(S.RESUMING)
+    bench.engine.write(data)
+    bench.go(S.RUNNING, S.PRE_COPY)
+    assert bench.engine.pending_bytes < 4096
+    bench.go(S.STOP_COPY)
+    assert len(bench.save(1 << 20)) == len(data)
+
+
+def test_a_failed_restore_adds_only_what_it_brought_to_what_is_streamed() -> None:
+    data = saved(fragile)
+    bench = broken("restored").go(S.RESUMING)
+    bench.engine.write(data)
+    _stopped(bench)
+    expect_kept(bench)
+    bench.engine.client_left()
+    bench.go(S.RUNNING, S.PRE_COPY)
+    assert bench.engine.pending_bytes < 2 * 4096
+    assert b"kept" in bench.go(S.STOP_COPY).save()
 
 
 @pytest.fixture(autouse=True)

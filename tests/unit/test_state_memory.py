@@ -93,6 +93,21 @@ def test_adopted_memory_takes_the_place_without_a_copy() -> None:
     assert memory.read(0, 3) == b"old"
 
 
+def test_adopted_memory_counts_as_written_where_it_is_said_to_be_and_where_the_old_was() -> None:
+    memory = make(6 * PAGE)
+    memory.write(0, b"old")
+    memory.start_log()
+    assert taken(memory) == [(0, PAGE)]
+    new = bytearray(6 * PAGE)
+    new[2 * PAGE] = new[3 * PAGE] = new[5 * PAGE] = 1
+    memory.adopt(memoryview(new), [(2 * PAGE, 2 * PAGE), (5 * PAGE, PAGE)])
+    # Page 0 was sent, and is zero now: a copy of it has to be told.
+    assert sorted(taken(memory)) == [(0, PAGE), (2 * PAGE, 2 * PAGE), (5 * PAGE, PAGE)]
+    memory.stop_log()
+    memory.reset()
+    assert not any(new)
+
+
 def test_memory_that_does_not_fit_is_not_adopted() -> None:
     memory = make(PAGE)
     for wrong in (memoryview(bytes(PAGE)), memoryview(bytearray(PAGE + 1))):

@@ -17,6 +17,7 @@ from vfio_user.device_models.fake_host import FakeHost
 from vfio_user.device_models.scratch import Scratch
 from vfio_user.device_models.state import StateError, save_sections
 from vfio_user.server.migration.reader import Staged, StreamReader
+from vfio_user.server.migration.staging import StagedMemory
 from vfio_user.server.migration.stream import BLOCK, MAX_SECTION, Shape
 from vfio_user.server.migration.writer import StreamWriter
 
@@ -56,6 +57,24 @@ def restore(data: bytes, device: Device, sizes: Sequence[int] = ()) -> Staged:
         data = data[size:]
     reader.feed(data)
     return reader.finish()
+
+
+def test_staged_memory_says_where_it_may_differ_from_zero() -> None:
+    memory = StagedMemory(6 * 4096 - 100)
+    memory.take(4095, 2)[:] = b"ab"
+    memory.take(3 * 4096, 1)[:] = b"c"
+    memory.take(5 * 4096, 1)[:] = b"d"
+    memory.clear(3 * 4096, 4096)
+    assert list(memory.used()) == [(0, 2 * 4096), (5 * 4096, 4096 - 100)]
+
+
+def test_a_reader_that_is_closed_takes_nothing_more() -> None:
+    reader = StreamReader(Shape.of(make()))
+    reader.close()
+    reader.close()
+    for call in (lambda: reader.feed(b"v"), reader.finish):
+        with pytest.raises(StateError, match="closed"):
+            call()
 
 
 def refusal(data: bytes, device: Device) -> StateError:
