@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The destination's QEMU learns where the BARs are before the guest stands still.
 
-Each BAR that it maps costs QEMU some milliseconds, for it draws its map of memory anew. So it is told while
-memory is copied, and once more only if the guest has changed something since.
+Each BAR that it maps costs QEMU some milliseconds, for it draws its map of memory anew. So it is told before
+memory is copied, and once more only if the guest has changed something since. It is also the proof that QEMU
+is connected to the very server that is named: what QEMU is told must arrive there.
 """
 
 from vfio_user.client.qemu_migration.move import Move, MovingDevice
+from vfio_user.client.qemu_migration.report import MoveError, Where
 from vfio_user.client.qemu_migration.view import glance, in_full, may_be_placed, place, places_alike
+
+_BARS = slice(0x10, 0x28)
 
 
 async def place_early(move: Move) -> None:
@@ -20,6 +24,12 @@ async def _place_early(move: Move, device: MovingDevice) -> None:
         async with move.destination.monitor:
             device.early = view
             await place(move.destination.qmp, view)
+        told = await device.destination.call("configuration")
+        if bytes.fromhex(told["space"])[_BARS] != view.configuration.space[_BARS]:
+            raise MoveError(
+                f"{device.id}: the destination's QEMU does not use the server whose control socket is named",
+                Where.DESTINATION,
+            )
 
 
 async def place_now(move: Move, device: MovingDevice) -> None:

@@ -122,6 +122,8 @@ async def _set(move: Move) -> None:
 async def copy(move: Move) -> None:
     """QEMU's copying, until it has stopped the CPUs. MoveError when it ends otherwise."""
     assert move.facts is not None
+    await move.destination.qmp.execute("stop")  # as with -S: without it QEMU would start the CPUs by itself
+    await place_early(move)
     if move.facts.destination.migration.get("status") != "setup":  # else it listens already, at its own URI
         await move.destination.qmp.execute("migrate-incoming", uri=move.request.uri)
     move.trail.begin(Step.PRECOPY)
@@ -130,7 +132,6 @@ async def copy(move: Move) -> None:
     await move.source.qmp.execute("migrate", uri=move.request.uri)
     async with side_by_side() as nursery:
         nursery.start_soon(_watch, move)
-        nursery.start_soon(place_early, move)
         await move.source.until(SWITCHED)
         nursery.cancel_scope.cancel()  # an answer that nobody waits for any more would be downtime
 

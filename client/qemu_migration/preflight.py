@@ -196,16 +196,22 @@ def _attached(device: DeviceFacts) -> Iterator[str]:
 
 
 def _identity(facts: Facts, request: Request) -> Iterator[str]:
-    """The source's guest has mapped its BARs: QEMU and server must agree where."""
+    """The source's guest has mapped its BARs: QEMU and server must agree where. At the destination nobody has
+    given the device any addresses yet."""
     for device in facts.devices:
         seen = facts.source.bars.get(device.id, {})
         for bar in device.source_configuration.get("bars", ()):
             here, there = bar["address"], seen.get(bar["index"], _UNMAPPED)
-            if here and 0 <= there < _UNMAPPED and here != there:
+            if 0 <= there < _UNMAPPED and here != there:
                 yield (
                     f"{device.id}: QEMU has its BAR {bar['index']} at {there:#x}, and the source's server at "
-                    f"{here:#x}: is it another device's control socket?"
+                    f"{here or 0:#x}: is it another device's control socket?"
                 )
+        if any(bar["address"] for bar in device.destination_configuration.get("bars", ())):
+            yield (
+                f"{device.id}: a guest uses the device of the destination's server already: is it another "
+                "device's control socket, or the source's own?"
+            )
 
 
 _UNMAPPED = (1 << 64) - 1

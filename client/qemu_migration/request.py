@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What is to be moved: two QEMUs, the devices between them, the way of QEMU's own stream, and the limits."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -36,11 +37,13 @@ class DeviceRequest:
 @dataclass(frozen=True, slots=True)
 class Limits:
     """`downtime`: milliseconds, QEMU's `downtime-limit`; None leaves QEMU's own. Seconds: `timeout` for all
-    of it, `stop` for a device to stand still, `recovery` for the way back."""
+    of it, `stop` for a device to stand still, `standstill` from QEMU's stop of the CPUs until all devices
+    are handed over, `recovery` for the way back."""
 
     downtime: int | None = None
     timeout: float = 600.0
     stop: float = 2.0
+    standstill: float = 5.0
     recovery: float = 30.0
 
 
@@ -62,7 +65,8 @@ class Request:
             raise RequestError("source and destination are the same QEMU")
         _require_distinct("device", (device.id for device in self.devices))
         _require_distinct(
-            "control socket", (str(path) for one in self.devices for path in (one.source, one.destination))
+            "control socket",
+            (os.path.realpath(path) for one in self.devices for path in (one.source, one.destination)),
         )
         check_uri(self.uri)
 

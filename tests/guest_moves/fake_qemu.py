@@ -31,6 +31,7 @@ class FakeQemu:
         self.status = status
         self.migration = "none"
         self.capabilities = dict.fromkeys(CAPABILITIES, False)
+        self._address = 0
         self.parameters = {"downtime-limit": 300, "max-bandwidth": 1 << 30, "mode": "normal"}
         self.peer: FakeQemu | None = None
         self.commands: list[str] = []
@@ -168,6 +169,8 @@ class FakeQemu:
         word, _, place = command_line.partition(" ")
         if word.startswith("i/"):
             return f"portl[{place}] = 0x0\r\n"
+        if word.startswith("o/"):
+            await self._output(word[-1], *(int(number, 0) for number in place.split()))
         if not word.startswith("xp/"):
             return ""
         count = int(word[3:-2])
@@ -175,6 +178,15 @@ class FakeQemu:
             await vmm.intx.acknowledge()
         words = " ".join(f"{int(number % 4 == 3):#010x}" for number in range(count))
         return f"{int(place, 16):016x}: {words}\r\n"
+
+    async def _output(self, letter: str, port: int, value: int) -> None:
+        """A write to configuration space by the ports 0xcf8 and 0xcfc goes to the device's server."""
+        if port == 0xCF8:
+            self._address = value
+            return
+        index, offset = (self._address >> 11 & 31) - 4, self._address & 0xFC | port & 3
+        data = value.to_bytes({"b": 1, "h": 2, "w": 4}[letter], "little")
+        await list(self.vmms.values())[index].client.region_write(_CONFIG, offset, data)
 
     # Migration
 
@@ -241,12 +253,16 @@ class FakeQemu:
         await self.start("cont")
 
     async def do_stop(self) -> None:
-        self.status = "paused"
+        """While it waits for a guest, this means that it is not to start it by itself."""
+        if self.status != "inmigrate":
+            self.status = "paused"
 
     async def do_quit(self) -> None:
         self.end()
 
 
+_CONFIG = 7
+_BARS = range(0x10, 0x28, 4)
 _VERSION = {"qemu": {"major": 11, "minor": 1, "micro": 3}, "package": "fake"}
 
 
@@ -258,6 +274,9 @@ async def fake_pair(
     source = FakeQemu(folder / "source.qmp", here, "running")
     destination = FakeQemu(folder / "destination.qmp", there, "inmigrate")
     source.peer, destination.peer = destination, source
+    for vmm in there.values():
+        for offset in _BARS:  # no guest has placed them yet
+            await vmm.client.region_write(_CONFIG, offset, bytes(4))
     async with background() as nursery:
         await nursery.start(source.serve)
         await nursery.start(destination.serve)

@@ -337,6 +337,19 @@ async def test_a_view_that_cannot_be_restored_ends_the_destination_first(scene: 
     await home_again(scene, report)
 
 
+async def test_a_destination_that_uses_another_server_than_the_one_named(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def elsewhere(*_words: object) -> None:
+        """To the server of another guest's device."""
+
+    monkeypatch.setattr(scene.destination, "_output", elsewhere)
+    report = await scene.move()
+    assert "does not use the server whose control socket is named" in str(report.failure)
+    assert "STOP" not in scene.source.ran
+    await home_again(scene, report)
+
+
 # The monitor is lost
 
 

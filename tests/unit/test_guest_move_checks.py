@@ -48,7 +48,9 @@ CONFIGURATION: dict[str, Any] = {
     "msix": None,
     "msi": None,
 }
-DEVICE = DeviceFacts("nic", STATE, STATE, CONFIGURATION, CONFIGURATION)
+FRESH = CONFIGURATION | {"bars": [CONFIGURATION["bars"][0] | {"address": 0}]}
+"""The destination's: no guest has placed its BARs yet."""
+DEVICE = DeviceFacts("nic", STATE, STATE, CONFIGURATION, FRESH)
 FACTS = Facts(QEMU, replace(QEMU, status="inmigrate"), (DEVICE,))
 REQUEST = Request("/a", "/b", (DeviceRequest("nic", Path("/c"), Path("/d")),), "tcp:h:1")
 
@@ -68,7 +70,7 @@ def device(**changes: Any) -> Facts:
 
 def other(**changes: Any) -> Facts:
     """The destination's configuration."""
-    return replace(FACTS, devices=(replace(DEVICE, destination_configuration=CONFIGURATION | changes),))
+    return replace(FACTS, devices=(replace(DEVICE, destination_configuration=FRESH | changes),))
 
 
 def capability(name: str, on: bool = True) -> dict[str, bool]:
@@ -96,6 +98,7 @@ WRONG = {
     "lacks the capability": source(capabilities={}),
     "mode is cpr-reboot": source(parameters={"mode": "cpr-reboot"}),
     "the destination's QEMU has no vfio-user device 'nic'": destination(devices=()),
+    "uses the device of the destination's server already": other(bars=CONFIGURATION["bars"]),
     "at the source, and at 05.0": destination(devices=(replace(PLACE, address="05.0"),)),
     "no --device names": source(devices=(PLACE, Place("", "/machine/q35/pcie.0", "06.0"))),
     "needs no help": device(migration={"state": "PRE_COPY", "owner": "client", "reason": ""}),
@@ -109,7 +112,7 @@ WRONG = {
     "cannot be saved": device(migration=STATE["migration"] | {"available": False}),
     "differ: model": device(model="scratch"),
     "differ: version": device(state_version=2),
-    "differ: BARs": other(bars=[CONFIGURATION["bars"][0] | {"size": 0x40000}]),
+    "differ: BARs": other(bars=[FRESH["bars"][0] | {"size": 0x40000}]),
     "differ: configuration space": other(power_on="8681"),
     "differ: MSI-X": other(msix={"vectors": 2, "table": {"bar": 0, "offset": 0}}),
     **{f"{name} is on at the source": source(capabilities=capability(name)) for name in BAD_CAPABILITIES},
