@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import click
@@ -119,27 +119,41 @@ async def _main(request: Request, report_path: Path | None, plot: Path | None) -
     with Display(console) as display:
         migration = GuestMigration(request, display.tell)
         try:
-            async with _signals_cancel(migration, console):
+            async with _signals_cancel(migration, display):
                 report = await migration.run()
         except MoveError as error:  # before anything was touched
             fail(str(error))
-    _show(console, report)
-    _write(console, report, report_path, plot)
+    with _quiet_when_closed(console):
+        _show(console, report)
+    with _quiet_when_closed(console):
+        _write(console, report, report_path, plot)
     return 0 if report.outcome is Outcome.COMPLETED else 1
 
 
 @contextlib.asynccontextmanager
-async def _signals_cancel(migration: GuestMigration, console: Console) -> AsyncIterator[None]:
+async def _signals_cancel(migration: GuestMigration, display: "Display") -> AsyncIterator[None]:
     with trio.open_signal_receiver(*SIGNALS) as signals:
 
         async def watch() -> None:
             async for _ in signals:
-                console.print("interrupted: the guest is given back to the source, if it still can be")
+                display.say("interrupted: the guest is given back to the source, if it still can be")
                 migration.cancel()
 
         async with background() as nursery:
             nursery.start_soon(watch)
             yield
+
+
+@contextlib.contextmanager
+def _quiet_when_closed(console: Console) -> Iterator[None]:
+    """An output that is closed or full decides nothing about a guest: from then on nothing is printed. Rich
+    makes SystemExit of a closed pipe."""
+    try:
+        yield
+    except (OSError, SystemExit):
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), console.file.fileno())  # else what is in its buffer fails at the end
+        console.quiet = True
 
 
 class Display:
@@ -151,12 +165,18 @@ class Display:
         self._step: Step | None = None
 
     def __enter__(self) -> "Display":
-        if self._console.is_terminal:
-            self._status.start()
+        with _quiet_when_closed(self._console):
+            if self._console.is_terminal:
+                self._status.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._status.stop()
+        with _quiet_when_closed(self._console):
+            self._status.stop()
+
+    def say(self, text: str) -> None:
+        with _quiet_when_closed(self._console):
+            self._console.print(text, highlight=False)
 
     def tell(self, progress: Progress) -> None:
         """While the guest stands still nothing is drawn: that would be downtime."""
@@ -164,9 +184,10 @@ class Display:
             self._step = progress.step
             if progress.step in _QUIET:
                 return
-            self._console.print(f"{progress.seconds:8.2f} s  {progress.step.value}", highlight=False)
+            self.say(f"{progress.seconds:8.2f} s  {progress.step.value}")
         if progress.step is Step.PRECOPY:
-            self._status.update(story(progress))
+            with _quiet_when_closed(self._console):
+                self._status.update(story(progress))
 
 
 _QUIET = frozenset({Step.STOP, Step.HAND_OVER, Step.LAST_PASS, Step.RESTORE, Step.START})

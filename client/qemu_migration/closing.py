@@ -2,6 +2,8 @@
 """The end of a move: what is put away, and what is told."""
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import trio
 
@@ -10,7 +12,7 @@ from vfio_user.client.qemu_migration.move import Move, MovingDevice
 from vfio_user.client.qemu_migration.qemu_side import QemuSide
 from vfio_user.client.qemu_migration.report import Downtime, Failure, Outcome, Report, Round, Step, Where
 from vfio_user.client.qemu_migration.request import Writes
-from vfio_user.client.qemu_migration.trail import TROUBLE, reason
+from vfio_user.client.qemu_migration.trail import NONSENSE, TROUBLE, reason
 from vfio_user.client.qemu_migration.way_back import attempt, put_back_settings
 from vfio_user.client.qemu_migration.whose import Guest
 from vfio_user.protocol.json_rpc import REFUSED, RpcError
@@ -54,7 +56,7 @@ async def write_report(move: Move, outcome: Outcome, failure: Failure | None, gu
         destination=await _describe(move, move.destination),
         seconds=trail.seconds,
         writes=_writes(move),
-        rounds=tuple(_rounds(move)),
+        rounds=_rounds_if_told(move),
         downtime=_downtime(move),
         qemu_downtime=qemu_downtime,
         devices=tuple(device.report() for device in move.devices),
@@ -83,6 +85,14 @@ async def _figures(move: Move) -> tuple[dict[str, int], float]:
         except TROUBLE:
             pass
     return dict(move.ram[-1][1]) if move.ram else {}, 0.0
+
+
+def _rounds_if_told(move: Move) -> tuple[Round, ...]:
+    try:
+        return tuple(_rounds(move))
+    except NONSENSE as error:
+        move.trail.note(f"QEMU's figures cannot be used: {reason(error)}")
+        return ()
 
 
 def _rounds(move: Move) -> list[Round]:
@@ -146,9 +156,14 @@ async def _describe_qemu(side: QemuSide) -> str:
 async def _describe_device(control: ControlClient) -> str:
     with trio.move_on_after(ANSWER):
         try:
-            state = await control.call("state")
+            return _in_words(await control.call("state"))
+        except NONSENSE as error:
+            return f"is in a state that cannot be told ({reason(error)})"
         except TROUBLE as error:
             return f"is lost: its server cannot be asked ({reason(error)})"
-        runs = "runs" if state["running"] else "stands still"
-        return runs if state["client"]["attached"] else f"{runs}, and no VMM is connected to it"
     return "does not answer"
+
+
+def _in_words(state: Mapping[str, Any]) -> str:
+    runs = "runs" if state["running"] else "stands still"
+    return runs if state["client"]["attached"] else f"{runs}, and no VMM is connected to it"

@@ -13,7 +13,7 @@ import trio
 
 from vfio_user.client.qemu_migration import precopy, switch
 from vfio_user.client.qemu_migration.closing import finish, write_report
-from vfio_user.client.qemu_migration.move import Move, open_move
+from vfio_user.client.qemu_migration.move import Move, open_move, within
 from vfio_user.client.qemu_migration.report import (
     Failure,
     MoveError,
@@ -21,6 +21,7 @@ from vfio_user.client.qemu_migration.report import (
     Progress,
     Report,
     Step,
+    Where,
 )
 from vfio_user.client.qemu_migration.request import Request
 from vfio_user.client.qemu_migration.together import shielded, side_by_side
@@ -112,12 +113,17 @@ class GuestMigration:
         return self._trail.failure(MoveError(self._why_cut()))
 
     async def _until_completed(self, move: Move) -> None:
+        limit = self._request.limits.standstill
+        complaint = f"the devices were not handed over within {limit:g} s"
         async with side_by_side() as nursery:
             await precopy.prepare(move, nursery)
             await precopy.copy(move)
-            await switch.stop_devices(move)
-            await switch.hand_over(move)
+            await within(limit, self._hand_over(move), complaint, Where.HERE)
             await switch.last_pass(move)
+
+    async def _hand_over(self, move: Move) -> None:
+        await switch.stop_devices(move)
+        await switch.hand_over(move)
 
     # After migrate-continue
 
@@ -125,7 +131,10 @@ class GuestMigration:
         """Something went wrong after QEMU was told to go on: first of all, who has the guest?"""
         guest = Guest.NOWHERE
         with trio.move_on_after(self._request.limits.recovery):
-            guest = await whose(move)
+            try:
+                guest = await whose(move)
+            except TROUBLE as error:
+                self._trail.note(f"nobody can say who has the guest: {reason(error)}")
         if guest is Guest.DESTINATION and not all(device.carrier.done.is_set() for device in move.devices):
             return await self._give_up(move, failure)  # QEMU is done, but the devices' states did not arrive
         if guest is Guest.DESTINATION:
@@ -157,7 +166,10 @@ class GuestMigration:
             return False
         running = None
         with trio.move_on_after(self._request.limits.recovery):
-            running = await runs_there(move)
+            try:
+                running = await runs_there(move)
+            except TROUBLE as error:
+                self._trail.note(f"nobody can say whether the guest runs at the destination: {reason(error)}")
         if running is None:
             self._trail.note(
                 "the destination's QEMU was told to start the guest, and has not answered since: the guest "

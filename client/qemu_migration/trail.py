@@ -15,7 +15,11 @@ from vfio_user.protocol.json_rpc import RpcError
 
 Tell = Callable[[Progress], None]
 
+NONSENSE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
+"""What comes of an answer that is JSON, but has not what was asked for."""
+
 TROUBLE = (
+    *NONSENSE,
     *(QmpError, QmpLost, MonitorError, CannotRestore),
     *(ControlLost, RpcError, VfioUserError, OSError),
 )
@@ -68,4 +72,7 @@ class Trail:
 def reason(error: BaseException) -> str:
     """One line for people."""
     text = error.message if isinstance(error, RpcError) else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    line = " ".join(text.split()) or type(error).__name__
+    if isinstance(error, NONSENSE):
+        return f"the server's answer makes no sense: {type(error).__name__}: {line}"
+    return line

@@ -21,6 +21,8 @@ from vfio_user.protocol.json_rpc import RpcError
 
 AGAIN = 0.05
 """Seconds between two questions on the way back, where no event tells."""
+RESUME = 2.0
+"""Seconds for a device of the source to go on; longer than a `stop` that is under way waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +41,27 @@ async def _resume_sources(move: Move) -> None:
 
 
 async def _resume_source(move: Move, device: MovingDevice) -> None:
-    """Until it says that it runs: a `stop` that it had not answered may still be under way."""
-    try:
-        while True:
-            await _cancel_transfer(device)
-            await device.source.call("resume")
-            state = await device.source.call("state")
-            if state["running"] or not state["client"]["attached"]:
-                return
-            await trio.sleep(AGAIN)
-    except TROUBLE as error:
-        move.trail.note(f"{device.id} does not go on at the source: {reason(error)}")
+    """For a short time only: QEMU's cancel comes after this, and without it the guest stands still."""
+    with trio.move_on_after(RESUME) as scope:
+        try:
+            await _resume_until_running(device)
+        except Exception as error:  # whatever it answers, the next rows have to run
+            move.trail.note(f"{device.id} does not go on at the source: {reason(error)}")
+    if scope.cancelled_caught:
+        move.trail.note(f"{device.id} does not go on at the source: no answer within {RESUME:g} s")
+        with trio.move_on_after(0), contextlib.suppress(*TROUBLE):
+            await device.source.call("resume")  # sent, and not waited for: it finds this when it wakes
+
+
+async def _resume_until_running(device: MovingDevice) -> None:
+    """A `stop` that it had not answered may still be under way: ask until it says that it runs."""
+    while True:
+        await _cancel_transfer(device)
+        await device.source.call("resume")
+        state = await device.source.call("state")
+        if state["running"] or not state["client"]["attached"]:
+            return
+        await trio.sleep(AGAIN)
 
 
 async def _cancel_transfer(device: MovingDevice) -> None:
@@ -157,7 +169,7 @@ async def attempt(move: Move, text: str, work: Callable[[Move], Awaitable[None]]
     with trio.move_on_after(limit):
         try:
             await work(move)
-        except TROUBLE as error:
+        except Exception as error:  # a fault of our own, too, must not keep the next row from running
             move.trail.note(f"way back, {text}: {reason(error)}")
             return False
         return True

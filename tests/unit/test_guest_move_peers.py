@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A guest's move among peers that answer rubbish, or nothing any more, and with an output that is closed: a
+relay between the move and each server says what the server would never say."""
+
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from guest_moves.fake_qemu import FakeQemu, fake_pair
+from migration.control_bed import SMALL_RAM, opened
+from vfio_user.cli.main import main
+from vfio_user.client.background import background
+from vfio_user.client.control import ControlClient
+from vfio_user.client.qemu_migration.migrate import GuestMigration
+from vfio_user.client.qemu_migration.report import MoveError, Outcome, Progress, Report, Step
+from vfio_user.client.qemu_migration.request import DeviceRequest, Limits, Request, Writes
+
+RUBBISH: list[Any] = [{}, [], {"running": False, "client": None}, 7, "state"]
+
+
+class Relay:
+    """Passes on what goes between a controller and a server. `spoilt`: answers in place of a method's."""
+
+    def __init__(self, path: Path, server: Path) -> None:
+        self.path = path
+        self._server = server
+        self.spoilt: dict[str, Any] = {}
+        self.later: dict[str, dict[str, Any]] = {}
+        """What is spoilt as well once a method was asked for."""
+        self.hung = False
+        self.asked: list[str] = []
+        """The methods, in their order."""
+        self._goes_on = trio.Event()
+
+    def hang(self) -> None:
+        """As SIGSTOP: the connections stay, and nobody answers."""
+        self.hung = True
+
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with trio.socket.socket(trio.socket.AF_UNIX) as sock:
+            await sock.bind(str(self.path))
+            sock.listen(8)
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    peer, _ = await sock.accept()
+                    nursery.start_soon(self._connect, trio.SocketStream(peer))
+
+    async def _connect(self, controller: trio.SocketStream) -> None:
+        asked: dict[Any, str] = {}
+        async with (
+            controller,
+            await trio.open_unix_socket(str(self._server)) as server,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(self._pass_on, controller, server, lambda data: self._note(asked, data))
+            await self._pass_on(server, controller, lambda data: self._spoil(asked, data))
+            nursery.cancel_scope.cancel()
+
+    async def _pass_on(
+        self, source: trio.SocketStream, target: trio.SocketStream, change: Callable[[bytes], bytes]
+    ) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async for data in source:
+                if self.hung:
+                    await self._goes_on.wait()
+                await target.send_all(change(bytes(data)))
+            await target.send_eof()
+
+    def _note(self, asked: dict[Any, str], data: bytes) -> bytes:
+        for line in data.splitlines():
+            with suppress(ValueError, TypeError, KeyError):
+                call = json.loads(line)
+                asked[call["id"]] = call["method"]
+                self.asked.append(call["method"])
+                self.spoilt |= self.later.pop(call["method"], {})
+        return data
+
+    def _spoil(self, asked: dict[Any, str], data: bytes) -> bytes:
+        if not self.spoilt:
+            return data
+        lines = [self._spoil_line(asked, line) for line in data.splitlines(keepends=True)]
+        return b"".join(lines)
+
+    def _spoil_line(self, asked: dict[Any, str], line: bytes) -> bytes:
+        with suppress(ValueError, TypeError, KeyError):
+            answer = json.loads(line)
+            method = asked[answer["id"]]
+            if method in self.spoilt:
+                answer = {"jsonrpc": "2.0", "id": answer["id"], "result": self.spoilt[method]}
+                return json.dumps(answer).encode() + b"\n"
+        return line
+
+
+@dataclass
+class Peers:
+    source: FakeQemu
+    destination: FakeQemu
+    here: Relay
+    there: Relay
+    control: ControlClient
+    """Straight to the source's server."""
+    limits: Limits = field(default_factory=lambda: Limits(timeout=8, stop=1, recovery=3))
+    at: dict[Step, Callable[[], None]] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+    def tell(self, progress: Progress) -> None:
+        if progress.step not in self.steps:
+            self.steps.append(progress.step)
+            self.at.get(progress.step, lambda: None)()
+
+    async def move(self) -> Report:
+        device = DeviceRequest("dev", self.here.path, self.there.path)
+        ends = str(self.source.path), str(self.destination.path)
+        request = Request(*ends, (device,), "tcp:127.0.0.1:4444", self.limits, Writes.HAND_OVER)
+        with trio.fail_after(20):
+            return await GuestMigration(request, self.tell).run()
+
+
+@pytest.fixture
+async def peers(tmp_path: Path) -> AsyncIterator[Peers]:
+    async with (
+        opened(tmp_path, name="a", options=SMALL_RAM) as (a, control, vmm),
+        opened(tmp_path, name="b", options=SMALL_RAM) as (b, _, other),
+        fake_pair(tmp_path, {"dev": vmm}, {"dev": other}) as pair,
+        background() as nursery,
+    ):
+        here, there = Relay(tmp_path / "here", a.control_path), Relay(tmp_path / "there", b.control_path)
+        await nursery.start(here.serve)
+        await nursery.start(there.serve)
+        yield Peers(*pair, here, there, control)
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH, ids=str)
+async def test_rubbish_on_the_way_back_keeps_no_row_from_running(peers: Peers, rubbish: Any) -> None:
+    def spoil() -> None:
+        peers.here.spoilt = {"state": rubbish}
+
+    peers.at[Step.LAST_PASS] = spoil
+    peers.source.hooks["finish"] = lambda qemu: qemu.fail("failed")
+    report = await peers.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "source")
+    assert peers.source.running
+    assert any(
+        "dev does not go on at the source: the server's answer makes no" in note for note in report.notes
+    )
+    state = await peers.control.call("state")
+    assert (state["running"], state["dirty_log"]["owner"]) == (True, None)
+    assert not any(peers.source.capabilities.values())
+    assert "its guest runs; dev is in a state that cannot be told" in report.source
+
+
+@pytest.mark.parametrize(
+    ("step", "method"),
+    [
+        (Step.PRECOPY, "state"),
+        (Step.STOP, "stop"),
+        (Step.HAND_OVER, "log-hand-over"),
+        (Step.HAND_OVER, "configuration"),
+    ],
+)
+@pytest.mark.parametrize("rubbish", [{}, []], ids=str)
+async def test_rubbish_at_any_step_leads_back(peers: Peers, step: Step, method: str, rubbish: Any) -> None:
+    def spoil() -> None:
+        peers.here.spoilt = {method: rubbish}
+
+    peers.at[step] = spoil
+    report = await peers.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "source")
+    assert "the server's answer makes no sense" in str(report.failure)
+    assert peers.source.running
+    assert (await peers.control.call("state"))["running"] is True
+
+
+@pytest.mark.parametrize("method", ["state", "configuration"])
+@pytest.mark.parametrize("rubbish", [{}, []], ids=str)
+async def test_rubbish_before_anything_is_touched(peers: Peers, method: str, rubbish: Any) -> None:
+    peers.there.spoilt = {method: rubbish}
+    with pytest.raises(MoveError) as failed:
+        await peers.move()
+    assert "\n" not in str(failed.value)
+    assert peers.steps == [Step.CONNECT, Step.CHECK]
+
+
+async def test_a_server_that_hangs_holds_the_guest_up_for_a_short_time_only(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vfio_user.client.qemu_migration.way_back.RESUME", 0.2)
+    monkeypatch.setattr("vfio_user.client.qemu_migration.closing.ANSWER", 0.2)
+    peers.limits = Limits(timeout=60, standstill=0.3, recovery=0.5)
+    peers.at[Step.HAND_OVER] = peers.here.hang
+    began = trio.current_time()
+    report = await peers.move()
+    assert trio.current_time() - began < 6
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "source")
+    assert "the devices were not handed over within 0.3 s" in str(report.failure)
+    assert peers.source.running
+    assert any("dev does not go on at the source: no answer within 0.2 s" in note for note in report.notes)
+
+
+# The output
+
+
+def full() -> Any:
+    """Takes nothing: ENOSPC."""
+    return open("/dev/full", "w")
+
+
+def nobody_reads() -> Any:
+    """As after `| head -1`: EPIPE."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def run(words: list[str], output: Any) -> tuple[object, str]:
+    """Exit status and standard error."""
+    errors = StringIO()
+    with output, redirect_stdout(output), redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+        main.main(["migrate", *words], prog_name="vfio-user")
+    return ended.value.code or 0, errors.getvalue()
+
+
+async def move_by_command(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch, folder: Path, output: Any
+) -> tuple[object, str, Any]:
+    """Exit status, standard error, report. In a thread: the command has an event loop of its own."""
+    monkeypatch.setattr("vfio_user.cli.migrate._signals_cancel", lambda *_: nullcontext())
+    report = folder / "report.json"
+    words = ["tcp:127.0.0.1:4444", "--source-qmp", str(peers.source.path), "--writes", "hand-over"]
+    words += ["--destination-qmp", str(peers.destination.path), "--report", str(report)]
+    words += ["--device", f"dev={peers.here.path},{peers.there.path}"]
+    with trio.fail_after(20):
+        status, errors = await trio.to_thread.run_sync(run, words, output)
+    return status, errors, json.loads(report.read_text())
+
+
+@pytest.mark.parametrize("closed", [full, nobody_reads])
+async def test_a_closed_output_decides_nothing(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, closed: Callable[[], Any]
+) -> None:
+    status, errors, report = await move_by_command(peers, monkeypatch, tmp_path, closed())
+    assert (status, errors, report["outcome"]) == (0, "", "completed")
+    assert peers.destination.running
+    assert peers.there.asked.count("announce") == 1
+    assert peers.here.asked.count("log-stop") == 1
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH, ids=str)
+async def test_rubbish_after_a_good_move_changes_nothing_of_it(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rubbish: Any
+) -> None:
+    peers.there.later = {"announce": {"state": rubbish}}
+    status, errors, report = await move_by_command(peers, monkeypatch, tmp_path, StringIO())
+    assert (status, errors, report["outcome"], report["guest"]) == (0, "", "completed", "destination")
+    assert "its guest runs; dev is in a state that cannot be told" in report["destination"]
