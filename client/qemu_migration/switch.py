@@ -84,7 +84,10 @@ async def last_pass(move: Move) -> None:
     await move.source.qmp.execute("migrate-continue", state="pre-switchover")
     await move.source.until("completed")
     await move.destination.until("completed")
-    await move.each(lambda device: _finish_state(move, device))
+    seconds = move.request.limits.standstill
+    late = f"the devices' states have not arrived {seconds:g} s after all else"
+    arrivals = move.each(lambda device: _finish_state(move, device))
+    await within(seconds, arrivals, late, Where.DESTINATION)
     move.mark("completed")
 
 
