@@ -244,3 +244,17 @@ async def _until_broken(transfer: Callable[[int, float], Awaitable[None]], scope
         await transfer(100_000, 3600.0)
     except* (MachineError, trio.BrokenResourceError):
         scope.cancel()
+
+
+TRIES = 4
+
+
+async def self_test(guest: Machine) -> str:
+    """The report of the driver's self-test. Loopback 14 is no fault of a frame: the driver has found all of
+    them right, but its CPU, which other programs here share, took more than two ticks to look at them."""
+    report = ""
+    for _ in range(TRIES):
+        _, report = await guest.run("ethtool -t eth0 offline", timeout=90)
+        if re.search(r"^Loopback test .*\t\s*14$", report, re.MULTILINE) is None:
+            break
+    return report
