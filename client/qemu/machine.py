@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import trio
 
+from vfio_user.client.background import background
 from vfio_user.client.qemu import newc
 from vfio_user.client.qemu.agent import KILLED, READY, Answer, AnswerParser, command_line
 from vfio_user.client.qemu.command import MachineOptions, MachinePaths, qemu_words
@@ -241,7 +242,7 @@ async def open_machine(
     lab: Lab, options: MachineOptions, command: Command = qemu_words
 ) -> AsyncIterator[Machine]:
     """Starts a machine; QEMU is dead and its files are gone when the block is left."""
-    with _run_folder() as folder, _serial_pair() as (ours, theirs):
+    with run_folder() as folder, _serial_pair() as (ours, theirs):
         initrd, console = _initrd(lab, options, folder), folder / "console.log"
         paths = MachinePaths(lab.qemu.program, lab.kernel, initrd, console, folder / "qmp")
         words = command(options, paths, theirs.fileno())
@@ -258,20 +259,14 @@ async def open_machine(
 @contextlib.asynccontextmanager
 async def _listening(machine: Machine) -> AsyncIterator[None]:
     """The machine's listener is at work; an exception of the block comes out as it is, in no group."""
-    failure: Exception | None = None
-    async with trio.open_nursery() as nursery:
+    async with background() as nursery:
         nursery.start_soon(machine._listen)
-        try:
-            yield
-        except Exception as error:
-            failure = error
-        nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+        yield
 
 
 @contextlib.contextmanager
-def _run_folder() -> Iterator[Path]:
+def run_folder() -> Iterator[Path]:
+    """A folder for the sockets and files of one run, gone with the block."""
     # In /tmp whatever TMPDIR says: a UNIX socket's path has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="vfio-user-", dir="/tmp"))
     try:

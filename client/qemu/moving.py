@@ -12,17 +12,16 @@ place's last ones have left. Commands that were asked for before a move are answ
 """
 
 import contextlib
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import trio
 
+from vfio_user.client.background import background
 from vfio_user.client.qemu.command import MachineOptions, VfioUserDevice
 from vfio_user.client.qemu.lab import Lab
-from vfio_user.client.qemu.machine import Machine, MachineError, open_machine
+from vfio_user.client.qemu.machine import Machine, MachineError, open_machine, run_folder
 from vfio_user.client.qemu.namespace import Namespace
 from vfio_user.client.server_process import ServerProcess, serving
 
@@ -153,7 +152,7 @@ class Moving:
     @contextlib.asynccontextmanager
     async def _opened(self, place: Place, options: MachineOptions) -> AsyncIterator[Side]:
         async with contextlib.AsyncExitStack() as stack:
-            folder = stack.enter_context(_short_folder())
+            folder = stack.enter_context(run_folder())
             taps = iter(place.taps)
             servers: dict[str, ServerProcess] = {}
             for model in self.models:
@@ -185,15 +184,6 @@ async def _server(model: Model, place: Place, folder: Path, tap: str) -> AsyncIt
         yield server
 
 
-@contextlib.contextmanager
-def _short_folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="vfio-user-", dir="/tmp"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 @contextlib.asynccontextmanager
 async def open_moving(
     lab: Lab, options: MachineOptions, models: Sequence[Model], places: Sequence[Place]
@@ -202,19 +192,12 @@ async def open_moving(
 
     `options.devices` is of no account: the devices are `models`.
     """
-    failure: Exception | None = None
-    async with trio.open_nursery() as nursery:
+    async with background() as nursery:
         moving = Moving(lab, options, models, places, nursery)
-        try:
-            await moving.start()
-            yield moving
-            for side in moving.sides:
-                await side.close()
-        except Exception as error:
-            failure = error
-        nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+        await moving.start()
+        yield moving
+        for side in moving.sides:
+            await side.close()
 
 
 def one_host(namespace: Namespace, *addresses: str, nics: int = 1) -> tuple[Place, Place]:

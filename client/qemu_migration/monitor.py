@@ -98,11 +98,6 @@ def require_silence(lines: Sequence[str], answers: Sequence[str]) -> None:
             raise MonitorError(f"the monitor answers {line!r} with {answer.strip()!r}")
 
 
-async def read_port(qmp: Qmp, port: int, width: int) -> int:
-    """An I/O port, read as a guest's CPU reads it: a device's register sees it. MonitorError."""
-    return parse_port(await qmp.hmp(read_port_line(port, width)))
-
-
 async def read_memory(qmp: Qmp, address: int, size: int = 4) -> bytes:
     """Physical memory, or what else is there: a device's register sees the read. MonitorError."""
     return parse_memory(await qmp.hmp(read_memory_line(address, size)), size)

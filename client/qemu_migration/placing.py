@@ -8,9 +8,7 @@ is connected to the very server that is named: what QEMU is told must arrive the
 
 from vfio_user.client.qemu_migration.move import Move, MovingDevice
 from vfio_user.client.qemu_migration.report import MoveError, Where
-from vfio_user.client.qemu_migration.view import glance, in_full, may_be_placed, place, places_alike
-
-_BARS = slice(0x10, 0x28)
+from vfio_user.client.qemu_migration.view import glance, has_bars, in_full, may_be_placed, place, places_alike
 
 
 async def place_early(move: Move) -> None:
@@ -24,8 +22,7 @@ async def _place_early(move: Move, device: MovingDevice) -> None:
         async with move.destination.monitor:
             device.early = view
             await place(move.destination.qmp, view)
-        told = await device.destination.call("configuration")
-        if bytes.fromhex(told["space"])[_BARS] != view.configuration.space[_BARS]:
+        if not await has_bars(device.destination, view):
             raise MoveError(
                 f"{device.id}: the destination's QEMU does not use the server whose control socket is named",
                 Where.DESTINATION,

@@ -11,7 +11,7 @@ from vfio_user.client.qemu_migration.move import Move, MovingDevice, within
 from vfio_user.client.qemu_migration.placing import place_now
 from vfio_user.client.qemu_migration.report import MoveError, Step, Where
 from vfio_user.client.qemu_migration.together import side_by_side
-from vfio_user.client.qemu_migration.view import is_placed, snapshot
+from vfio_user.client.qemu_migration.view import has_bars, is_placed, snapshot
 from vfio_user.client.qemu_migration.view import restore as restore_view
 
 WAIT_MS = 1000
@@ -125,22 +125,12 @@ async def start(move: Move) -> None:
 async def _resume(move: Move, device: MovingDevice) -> None:
     """Both requests are on their way at once. QEMU has restored registers of the server that it is connected
     to: if they are not those of the state that was loaded here, this is another one."""
-    told: list[Mapping[str, Any]] = []
-
-    async def ask() -> None:
-        told.append(await device.destination.call("configuration"))
-
-    async with side_by_side() as nursery:
-        nursery.start_soon(ask)
-        nursery.start_soon(device.destination.call, "resume")
     assert device.view is not None
-    before, now = device.view.configuration.space, bytes.fromhex(told[0]["space"])
-    if before[_RESTORED] != now[_RESTORED]:
+    async with side_by_side() as nursery:
+        nursery.start_soon(device.destination.call, "resume")
+        alike = await has_bars(device.destination, device.view)
+    if not alike:
         reason = (
             f"{device.id}: the destination's server has other BARs: is it another device's control socket?"
         )
         raise MoveError(reason, Where.DESTINATION)
-
-
-_RESTORED = slice(0x10, 0x28)
-"""The BARs."""

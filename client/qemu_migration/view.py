@@ -167,6 +167,15 @@ async def is_placed(qmp: Qmp, qdev_id: str, view: View) -> bool:
     return True
 
 
+async def has_bars(control: ControlClient, view: View) -> bool:
+    """Whether the device of a server has its BARs where the view has them. RpcError, ControlLost."""
+    space = bytes.fromhex((await control.call("configuration"))["space"])
+    return space[_BARS] == view.configuration.space[_BARS]
+
+
+_BARS = slice(0x10, 0x28)
+
+
 async def restore(qmp: Qmp, control: ControlClient, qdev_id: str, view: View) -> None:
     """Give the view to the destination's QEMU, which has taken the guest and is paused.
 

@@ -91,8 +91,9 @@ def complaints(log: str) -> list[str]:
     return [line for line in lines if any(word in line.lower() for word in _COMPLAINTS)]
 
 
-async def check_self_test(guest: Machine) -> None:
-    """The driver's own test of the card, all five parts."""
+async def check_self_test(guest: Machine) -> str:
+    """The driver's own test of the card, all five parts; its report."""
     report = await self_test(guest)
     codes = dict(re.findall(r"^(\w+) test .*\t\s*(\d+)$", report, re.MULTILINE))
     assert codes == dict.fromkeys(("Register", "Eeprom", "Interrupt", "Loopback", "Link"), "0"), report
+    return report
