@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import trio
 
-from vfio_user.client.qemu_migration.move import Move, MovingDevice
+from vfio_user.client.qemu_migration.move import Move, MovingDevice, within
 from vfio_user.client.qemu_migration.qemu_side import ENDED
-from vfio_user.client.qemu_migration.qmp import QmpLost
-from vfio_user.client.qemu_migration.report import Step
+from vfio_user.client.qemu_migration.qmp import QmpError, QmpLost
+from vfio_user.client.qemu_migration.report import MoveError, Step, Where
 from vfio_user.client.qemu_migration.together import side_by_side
 from vfio_user.client.qemu_migration.trail import TROUBLE, reason
 from vfio_user.protocol.json_rpc import RpcError
@@ -23,6 +23,8 @@ AGAIN = 0.05
 """Seconds between two questions on the way back, where no event tells."""
 RESUME = 2.0
 """Seconds for a device of the source to go on; longer than a `stop` that is under way waits."""
+END = 2.0
+"""Seconds for the destination's QEMU to end; the guest may be standing still meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,10 @@ async def _cancel_transfer(device: MovingDevice) -> None:
         await device.source.call("cancel")
 
 
+_REMAINS = (
+    "the destination's QEMU was told to end, and has not answered: end it; the copy of the guest that it has "
+    "never ran"
+)
 _ALONE = "the source's QEMU cannot be told: the destination was ended, so that its migration fails"
 _STUCK = (
     "the source's guest stands still, and its QEMU cannot be told to go on: reach its monitor, and send "
@@ -84,8 +90,24 @@ async def _reach_monitors(move: Move) -> None:
             with contextlib.suppress(QmpLost):
                 await move.reconnect(side)
     if move.source.lost() and move.trail.has(Step.PRECOPY):
-        await _end_destination(move)
-        move.trail.note(_STUCK if move.source.status == "pre-switchover" else _ALONE)
+        await _end_alone(move)
+
+
+async def _end_alone(move: Move) -> None:
+    """For a source that cannot be told."""
+    await end_destination(move)
+    move.trail.note(_STUCK if move.source.status == "pre-switchover" else _ALONE)
+
+
+async def _cancel(move: Move) -> None:
+    """A QEMU that has lost a server hears nothing for seconds; it sees the destination's end as it sends."""
+    limit = move.request.limits.recovery / 2
+    try:
+        await within(limit, cancel_qemu(move), f"not done within {limit:g} s", Where.SOURCE)
+    except (QmpLost, MoveError):
+        if not move.destination.lost():
+            await _end_alone(move)
+        raise
 
 
 async def cancel_qemu(move: Move) -> None:
@@ -102,20 +124,36 @@ async def _run_source(move: Move) -> None:
     """QEMU starts the CPUs by itself when a migration fails; not when it has completed."""
     while move.was_running and (state := await move.source.run_state()) != "running":
         if state == "postmigrate":
-            await _end_destination(move)
-            await move.source.qmp.execute("cont")
+            await end_destination(move)
+            await _continue(move)
         elif state != "finish-migrate" and move.source.status in ENDED:
             await trio.sleep(AGAIN)
         await move.source.news(AGAIN)
 
 
-async def _end_destination(move: Move) -> None:
-    """It has a copy of the guest, which has never run there."""
+async def _continue(move: Move) -> None:
+    """A destination that has not ended may still hold the locks of disks that both have."""
+    while True:
+        ended = move.destination.lost()
+        try:
+            await move.source.qmp.execute("cont")
+            return
+        except QmpError:
+            if ended:
+                raise
+        await trio.sleep(AGAIN)
+
+
+async def end_destination(move: Move) -> None:
+    """It has a copy of the guest, which has never run there, and starts by nobody's word but ours: a QEMU
+    that does not end is no danger, and the source's guest does not wait for it."""
     assert not move.started
-    with contextlib.suppress(QmpLost):
-        await move.destination.qmp.execute("quit")
-    with trio.move_on_after(5):
+    with trio.move_on_after(END) as scope:
+        with contextlib.suppress(QmpLost):
+            await move.destination.qmp.execute("quit")
         await move.destination.qmp.lost.wait()
+    if scope.cancelled_caught:
+        move.trail.note(_REMAINS)
 
 
 async def _write_by_mapping(move: Move) -> None:
@@ -147,7 +185,7 @@ async def _reset_destinations(move: Move) -> None:
 WAY_BACK: tuple[Row, ...] = (
     Row(Step.STATE, "let the source's devices go on, before the CPUs do", _resume_sources),
     Row(Step.CONNECT, "reach monitors that were lost", _reach_monitors),
-    Row(Step.PRECOPY, "cancel QEMU's migration, and wait for its end", cancel_qemu),
+    Row(Step.PRECOPY, "cancel QEMU's migration, and wait for its end", _cancel),
     Row(Step.PRECOPY, "see that the source's CPUs run again", _run_source),
     Row(Step.MEASURE, "switch write-through off", _write_by_mapping),
     Row(Step.LOG, "forget the dirty logs", _stop_logs),

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who has the guest, after `migrate-continue` was sent and before both sides have said that it is done."""
+"""Who has the guest, after `migrate-continue` was sent and before both sides have said that it is done.
 
-import contextlib
+The destination starts nothing by itself, and nobody has told it to: as long as the source answers, the guest
+can go on there. So the destination gets a time in which to say that it has everything, and no more.
+"""
+
 from enum import Enum
+
+import trio
 
 from vfio_user.client.qemu_migration.move import Move
 from vfio_user.client.qemu_migration.qemu_side import ENDED, QemuSide
 from vfio_user.client.qemu_migration.qmp import QmpLost
 from vfio_user.client.qemu_migration.trail import TROUBLE, reason
-from vfio_user.client.qemu_migration.way_back import AGAIN, cancel_qemu
+from vfio_user.client.qemu_migration.way_back import AGAIN, cancel_qemu, end_destination
+
+ARRIVAL = 5.0
+"""Seconds for the destination to say whether it has the guest. A QEMU that has lost a server is deaf."""
 
 
 class Guest(Enum):
@@ -29,7 +37,7 @@ async def whose(move: Move) -> Guest:
         return Guest.DESTINATION  # what has all of it was sent all of it: the source has nothing more to do
     if not await _source_lives(move):
         return Guest.NOWHERE
-    await _discard(move)
+    await end_destination(move)
     return Guest.SOURCE
 
 
@@ -45,7 +53,17 @@ async def _reached(move: Move, side: QemuSide) -> bool:
 
 
 async def _arrived(move: Move) -> bool:
-    """Whether the destination has all of the guest. Waits while it is still receiving."""
+    """Whether the destination has all of the guest, its devices' states too, and says so in time."""
+    if not all(device.carrier.done.is_set() for device in move.devices):
+        return False
+    with trio.move_on_after(ARRIVAL):
+        return await _received(move)
+    move.trail.note(f"the destination's QEMU does not say within {ARRIVAL:g} s whether the guest arrived")
+    return False
+
+
+async def _received(move: Move) -> bool:
+    """Whether its QEMU has all of it. Waits while it is still receiving."""
     if not await _reached(move, move.destination):
         return False
     try:
@@ -67,13 +85,6 @@ async def _source_lives(move: Move) -> bool:
         except TROUBLE as error:
             move.trail.note(f"{device.id}, the source's server: {reason(error)}")
     return lives
-
-
-async def _discard(move: Move) -> None:
-    """End the destination before the source's devices go on."""
-    with contextlib.suppress(QmpLost):
-        await move.destination.qmp.execute("quit")
-        await move.destination.qmp.lost.wait()
 
 
 async def runs_there(move: Move) -> bool | None:

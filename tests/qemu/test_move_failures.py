@@ -207,7 +207,7 @@ async def the_source_server_dies(moving: Moving) -> None:
     print(f"{report.failure}; {report.source}; {report.destination}; {report.notes}")
     assert report.outcome is Outcome.FAILED
     assert f"{NIC.id} is lost" in report.source
-    with trio.fail_after(60):
+    with trio.fail_after(120):
         while not await runs(moving.here):  # noqa: ASYNC110 - QEMU tells nobody
             await trio.sleep(0.5)
     assert not await runs(one.destination)

@@ -13,9 +13,9 @@ import trio
 
 from guest_moves.fake_qemu import FakeQemu, Refusal, fake_pair
 from migration.control_bed import SMALL_RAM, Served, listen, opened
-from vfio_user.client.control import ControlClient
+from vfio_user.client.control import ControlClient, ControlLost
 from vfio_user.client.fake_vmm import FakeVmm
-from vfio_user.client.qemu_migration import carry
+from vfio_user.client.qemu_migration import carry, closing, way_back, whose
 from vfio_user.client.qemu_migration.migrate import GuestMigration
 from vfio_user.client.qemu_migration.report import MoveError, Outcome, Progress, Refused, Report, Step
 from vfio_user.client.qemu_migration.request import DeviceRequest, Limits, Request, Writes
@@ -304,6 +304,39 @@ async def test_the_destination_is_lost_after_all_was_sent(scene: Scene) -> None:
     report = await scene.move()
     await home_again(scene, report)
     assert scene.source.ran == ["cont"]
+
+
+@pytest.mark.parametrize("state_arrives", [True, False])
+async def test_a_destination_that_falls_silent_when_all_was_sent(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, state_arrives: bool
+) -> None:
+    """As a QEMU that waits for a dead server: nobody can say what it has; the source has its guest back."""
+    for module, name in ((whose, "ARRIVAL"), (way_back, "END"), (closing, "ANSWER")):
+        monkeypatch.setattr(module, name, 0.1)
+    scene.limits = Limits(timeout=0.7, recovery=0.5)
+
+    async def deaf(_qemu: FakeQemu) -> None:
+        await trio.sleep_forever()
+
+    async def fall_silent(_qemu: FakeQemu) -> None:
+        scene.destination.status = "deaf"
+        scene.destination.hooks.update(dict.fromkeys(("query-migrate", "query-status", "quit"), deaf))
+
+    async def late(_path: Path, chunks: AsyncIterable[bytes]) -> None:
+        async for _ in chunks:
+            pass
+        while scene.destination.status != "deaf":  # noqa: ASYNC110 - the fake tells nobody
+            await trio.sleep(0.001)
+        raise ControlLost("the server is gone")
+
+    if not state_arrives:
+        monkeypatch.setattr(carry, "inline_load", late)
+    scene.source.hooks["finish"] = fall_silent
+    report = await scene.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "source"), report
+    assert scene.source.ran == ["cont"], report
+    assert any("told to end, and has not answered" in note for note in report.notes)
+    assert any("does not say" in note for note in report.notes) == state_arrives, report.notes
 
 
 async def test_a_state_that_does_not_fit_when_qemu_is_done(
