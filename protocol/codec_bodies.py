@@ -210,6 +210,6 @@ BUILDERS: Mapping[type[m.Structure], Callable[[Any], tuple[m.Payload, ...]]] = {
     m.MigDataReadRequest: lambda v: (_MIG(v.argsz, v.size),),
     m.MigDataReadReply: lambda v: (_MIG(v.argsz, v.size), v.data, *v.more),
     m.MigDataWriteRequest: lambda v: (_MIG(v.argsz, len(v.data)), v.data),
-    m.DeviceFeatureReply: lambda v: (FEATURE_BODY.pack(v.argsz, v.flags), v.data),
+    m.DeviceFeatureReply: lambda v: (FEATURE_BODY.pack(v.argsz, v.flags), v.data, *v.more),
     m.DirtyPagesReply: _build_dirty_pages_reply,
 }

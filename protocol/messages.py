@@ -164,7 +164,7 @@ _OPTIONAL: dict[type[Message], dict[str, Any]] = {
     DeviceGetRegionInfoReply: {"capabilities": ()},
     DeviceGetRegionIoFdsReply: {"sub_regions": ()},
     DirtyPagesReply: {"range": None, "data": b""},
-    DeviceFeatureReply: {"data": b""},
+    DeviceFeatureReply: {"data": b"", "more": ()},
 }
 
 

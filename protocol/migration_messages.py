@@ -79,14 +79,17 @@ class DeviceFeatureRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class DeviceFeatureReply(Message):
+    """Who builds one may leave the data in several buffers: `data`, and what follows in `more`."""
+
     flags: int
     data: Payload = b""
     argsz: int = 0
+    more: tuple[Payload, ...] = ()
     WIDTHS = widths(u32="argsz flags")
 
     def __post_init__(self) -> None:
         Message.__post_init__(self)
-        fill(self, "argsz", c.DEVICE_FEATURE_SIZE + len(self.data))
+        fill(self, "argsz", c.DEVICE_FEATURE_SIZE + len(self.data) + sum(map(len, self.more)))
 
     @property
     def feature(self) -> int:

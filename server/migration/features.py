@@ -18,15 +18,20 @@ from vfio_user.protocol.constants import (
 )
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.server.answer import Answer
-from vfio_user.server.dirty_handlers import logging_report, logging_start, logging_stop
+from vfio_user.server.dirty_handlers import (
+    logging_report,
+    logging_report_size,
+    logging_start,
+    logging_stop,
+)
 from vfio_user.server.migration.engine import MigrationEngine
 from vfio_user.transport.fds import OwnedFd
 
 if TYPE_CHECKING:
     from vfio_user.server.session import Session
 
-Method = Callable[["Session", m.DeviceFeatureRequest], bytes]
-"""Does what a GET or SET asks, and gives the data of the reply."""
+Method = Callable[["Session", m.DeviceFeatureRequest], tuple[m.Payload, ...]]
+"""Does what a GET or SET asks, and gives the data of the reply, in buffers that never change again."""
 
 _GET, _SET, _PROBE = DeviceFeatureFlags.GET, DeviceFeatureFlags.SET, DeviceFeatureFlags.PROBE
 _KNOWN = int(
@@ -53,23 +58,24 @@ class Row:
 
     get: Method | None = None
     set: Method | None = None
-    get_size: Callable[[m.DeviceFeatureRequest], int] = lambda _: 0
-    """Bytes of data that GET will give, for one that must not be done when its reply does not fit."""
+    get_size: Callable[["Session", m.DeviceFeatureRequest], int] = lambda _session, _request: 0
+    """Bytes of data that GET will give, for one that must not be done when its reply does not fit; checks
+    all that it depends on."""
     available: Callable[["Session"], bool] = _always
 
 
-def _get_migration(session: "Session", request: m.DeviceFeatureRequest) -> bytes:
-    return layouts.build(m.FeatureMigration(SUPPORTED))
+def _get_migration(session: "Session", request: m.DeviceFeatureRequest) -> tuple[m.Payload, ...]:
+    return (layouts.build(m.FeatureMigration(SUPPORTED)),)
 
 
-def _get_state(session: "Session", request: m.DeviceFeatureRequest) -> bytes:
-    return layouts.build(m.FeatureMigState(session.host.migration.state, NO_FD))
+def _get_state(session: "Session", request: m.DeviceFeatureRequest) -> tuple[m.Payload, ...]:
+    return (layouts.build(m.FeatureMigState(session.host.migration.state, NO_FD)),)
 
 
-def _set_state(session: "Session", request: m.DeviceFeatureRequest) -> bytes:
+def _set_state(session: "Session", request: m.DeviceFeatureRequest) -> tuple[m.Payload, ...]:
     wanted = layouts.parse(m.FeatureMigState, request.data)
     session.host.migration.set_state(wanted.device_state)
-    return bytes(request.data)
+    return (bytes(request.data),)
 
 
 FEATURES: Mapping[DeviceFeature, Row] = {
@@ -77,7 +83,7 @@ FEATURES: Mapping[DeviceFeature, Row] = {
     DeviceFeature.MIG_DEVICE_STATE: Row(get=_get_state, set=_set_state, available=_migrates),
     DeviceFeature.DMA_LOGGING_START: Row(set=logging_start),
     DeviceFeature.DMA_LOGGING_STOP: Row(set=logging_stop),
-    DeviceFeature.DMA_LOGGING_REPORT: Row(get=logging_report),
+    DeviceFeature.DMA_LOGGING_REPORT: Row(get=logging_report, get_size=logging_report_size),
 }
 """Specification: "Device Features"."""
 
@@ -93,9 +99,9 @@ def device_feature(session: "Session", request: m.DeviceFeatureRequest, fds: lis
     if (flags & _GET and row.get is None) or (flags & _SET and row.set is None):
         raise DeviceError(f"feature {request.feature} is not there to GET or SET, as {flags:#x} asks")
     if flags & _PROBE:
-        return _reply(request, bytes(request.data))
+        return _reply(request, (bytes(request.data),))
     if flags & _GET and row.get is not None:
-        return _get(session, request, row.get, row.get_size(request))
+        return _get(session, request, row.get, row.get_size(session, request))
     if flags & _SET and row.set is not None:
         return _set(session, request, row.set)
     raise DeviceError("DEVICE_FEATURE: neither GET nor SET nor PROBE")
@@ -124,11 +130,10 @@ def _set(session: "Session", request: m.DeviceFeatureRequest, method: Method) ->
     return _reply(request, method(session, request))
 
 
-def _reply(request: m.DeviceFeatureRequest, data: bytes) -> Answer:
+def _reply(request: m.DeviceFeatureRequest, data: tuple[m.Payload, ...]) -> Answer:
     """Specification: "Message sizes": a reply that does not fit tells the size that is needed."""
-    needed = DEVICE_FEATURE_SIZE + len(data)
-    body = m.DeviceFeatureReply(request.flags, data if needed <= request.argsz else b"", needed)
-    return Answer(body, lasting=True)
+    body = m.DeviceFeatureReply(request.flags, more=data)
+    return Answer(m.fit(body, request.argsz), lasting=True)
 
 
 def mig_data_read(session: "Session", request: m.MigDataReadRequest, fds: list[OwnedFd]) -> Answer:

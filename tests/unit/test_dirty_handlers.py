@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""v1's dirty pages where another page size than 4 KiB has been negotiated; else see tests/conformance."""
+"""v1's dirty pages where another page size than 4 KiB has been negotiated, and that a report is not copied;
+else see tests/conformance."""
 
 import errno
 import fcntl
@@ -12,12 +13,13 @@ import pytest
 
 from vfio_user.protocol import messages as m
 from vfio_user.protocol.capabilities import Migration
-from vfio_user.protocol.constants import DirtyPagesFlags, DmaUnmapFlags
+from vfio_user.protocol.constants import DeviceFeature, DeviceFeatureFlags, DirtyPagesFlags, DmaUnmapFlags
 from vfio_user.protocol.errors import VfioUserError
 from vfio_user.server.dirty_handlers import dirty_pages, dma_unmap
 from vfio_user.server.dirty_tracking import DirtyTracking
 from vfio_user.server.dma_region import DmaRegion
 from vfio_user.server.dma_table import DmaTable
+from vfio_user.server.migration.features import device_feature
 from vfio_user.transport.fds import OwnedFd
 
 PAGE, LARGE = 4096, 65536
@@ -77,3 +79,18 @@ def test_finer_pages_are_refused(session: Any, region: DmaRegion, pgsize: int) -
         dma_unmap(session, request, [])
     assert caught.value.errno == errno.EINVAL
     assert get_bitmap(session, LARGE) == b"\x01".ljust(8, b"\0")
+
+
+def test_a_report_of_a_whole_region_is_sent_without_a_copy(session: Any, region: DmaRegion) -> None:
+    """That of 1 TiB has 32 MiB: a copy would cost more than all the rest."""
+    region.store(5 * LARGE, b"x")
+    assert region.dirty is not None
+    log = region.dirty.bits
+    flags = DeviceFeature.DMA_LOGGING_REPORT | DeviceFeatureFlags.GET
+    data = (0).to_bytes(8, "little") + SIZE.to_bytes(8, "little") + LARGE.to_bytes(8, "little")
+    answer = device_feature(session, m.DeviceFeatureRequest(flags, data, 1 << 20), [])
+    assert isinstance(answer.body, m.DeviceFeatureReply)
+    assert b"".join((answer.body.data, *answer.body.more)) == data + b"\x20".ljust(8, b"\0")
+    assert answer.lasting
+    assert any(isinstance(part, memoryview) and part.obj is log for part in answer.body.more)
+    assert region.dirty.clean

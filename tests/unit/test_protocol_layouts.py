@@ -179,12 +179,15 @@ def test_mutated_bytes_parse_or_raise_a_remote_error_and_codec_agrees(
         m.DeviceGetIrqInfoReply(1, 0, 1),
         m.DirtyPagesReply(4, _dirty_range(b"12345678"), b"12345678"),
         m.DeviceFeatureReply(1, b"12345678"),
+        m.DeviceFeatureReply(1, b"1", more=(b"234", b"", b"5678")),
         m.MigDataReadReply(b"123"),
+        m.MigDataReadReply(b"1", more=(b"2", b"", b"3")),
     ],
     ids=lambda reply: type(reply).__name__,
 )
 def test_argsz_left_out_is_the_size_of_the_reply(reply: Any) -> None:
     assert reply.argsz == len(layouts.build(reply))
+    assert b"".join(codec.build_parts(reply)) == layouts.build(reply)
 
 
 # Bytes written down from the specification's tables; the byte order is the host's, here little-endian.
