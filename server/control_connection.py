@@ -73,6 +73,7 @@ class Controller:
         self._poller.unregister(self._channel.fileno())
         for job in list(self._jobs):
             job.abort(reason)
+        self._control.leases.leave(self)
         close_all(self._fds)
         self._channel.close()
         self._left(self)
@@ -155,10 +156,16 @@ class Controller:
         # A generator that never runs would not close it: so it is taken from `fds` where it is used.
         stream = StreamFd(fds.pop(), writing=method.stream == "written") if method.stream else None
         result = method.run(self._control, arguments, stream)
+        self._note_lease(method, arguments)
         if isinstance(result, Generator):
             self._start(call, result, lambda value, error: self._answer(call, value, error))
         else:
             self._answer(call, result, None)
+
+    def _note_lease(self, method: Method, arguments: Arguments) -> None:
+        if (end := method.end) is not None:
+            leased = (lambda: end(self._control)) if arguments["lease"] else None
+            self._control.leases.note(method.name, self, leased)
 
     def _start(
         self,

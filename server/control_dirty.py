@@ -128,12 +128,16 @@ class DirtyControl:
 
     def stop(self) -> Any:
         """Forget the log; harmless when there is none."""
+        self.end()
+        if self._native().host.dirty.active:
+            raise RpcError(REFUSED, "the dirty log is the client's")
+        return {}
+
+    def end(self) -> None:
+        """Forget a log that a controller has started; one of the client's stays."""
         tracking = self._native().host.dirty
         if tracking.claim is self:
             tracking.stop()
-        elif tracking.active:
-            raise RpcError(REFUSED, "the dirty log is the client's")
-        return {}
 
     def _logs(self) -> list[_Log]:
         tracking = self._native().host.dirty

@@ -75,7 +75,8 @@ _CHECKS: Mapping[type, Callable[[Param, Any], bool | int | bytes | None]] = {
 @dataclass(frozen=True, slots=True)
 class Method:
     """`run` gives the result, or the steps to it. With `stream` ("written", "read") a descriptor has to come
-    with the request, unless `inline` is true; `run` owns what is made of it."""
+    with the request, unless `inline` is true; `run` owns what is made of it. `end` undoes what it has
+    switched on, and may be called at any time: once the connection ends that asked with `lease`."""
 
     name: str
     run: Callable[["Control", Arguments, Any], Any | Steps]
@@ -83,6 +84,7 @@ class Method:
     when: str
     params: tuple[Param, ...] = ()
     stream: str = ""
+    end: Callable[["Control"], object] | None = None
 
     def arguments(self, given: Mapping[str, Any]) -> Arguments:
         """The parameters with their defaults. RpcError for one that is unknown, missing or wrong."""

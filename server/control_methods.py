@@ -9,6 +9,7 @@ from vfio_user.server.control_configuration import describe
 from vfio_user.server.control_device import DeviceControl
 from vfio_user.server.control_dirty import DirtyControl
 from vfio_user.server.control_guest import MAX_ACCESS, GuestControl
+from vfio_user.server.control_leases import Leases
 from vfio_user.server.control_method import Method, Param
 from vfio_user.server.control_pending import MESSAGES, MOST_VECTORS, pend
 from vfio_user.server.dma_region import Access
@@ -28,6 +29,7 @@ class Control:
         self.device = DeviceControl(engine)
         self.dirty = DirtyControl(engine)
         self.guest = GuestControl(engine)
+        self.leases = Leases()
         self.shutdown = shutdown
         self.cut = cut
 
@@ -86,6 +88,7 @@ _PAGE = Param("page_size", int, 4096, "bytes, a power of two", least=4096, power
 _CLEAR = Param("clear", bool, False, "forget what is reported")
 _WHOLE = Param("whole", bool, False, "rewrite whole pages instead of one byte in each")
 _ON = Param("on", bool, None, "true or false")
+_LEASE = Param("lease", bool, False, "end it when this connection ends")
 _ADDRESS = Param("address", int, None, "in the guest's memory, as the device sees it", most=(1 << 64) - 1)
 _LENGTH = Param("length", int, None, f"bytes, at most {MAX_ACCESS}", least=1, most=MAX_ACCESS)
 _DATA = Param("data", bytes, None, f"at most {MAX_ACCESS} bytes, hexadecimal", least=1, most=MAX_ACCESS)
@@ -131,7 +134,8 @@ METHODS: Mapping[str, Method] = {
             "answer the client's reads of BARs with zeros and drop its writes: nothing of them reaches the "
             "model; ends with `resume`, a reset, and the client",
             "a controller has stopped the device",
-            (_ON,),
+            (_ON, _LEASE),
+            end=lambda c: c.device.blank(False),
         ),
         Method(
             "pend",
@@ -168,7 +172,8 @@ METHODS: Mapping[str, Method] = {
             lambda c, a, stream: c.dirty.start(a["page_size"]),
             "log the pages of guest memory that the device writes without the client's seeing it",
             "the client has not started it itself, and none with another page size runs; native engine",
-            (_PAGE,),
+            (_PAGE, _LEASE),
+            end=lambda c: c.dirty.end(),
         ),
         Method(
             "log-stop",
@@ -196,7 +201,8 @@ METHODS: Mapping[str, Method] = {
             lambda c, a, stream: c.dirty.write_through(a["on"]),
             "write to mapped memory by message, so that the client knows of each write; ends with the client",
             _CLIENT,
-            (_ON,),
+            (_ON, _LEASE),
+            end=lambda c: c.dirty.write_through(False),
         ),
         Method(
             "guest-read",

@@ -27,7 +27,7 @@ async def lower_intx(device: MovingDevice, qmp: Qmp) -> bool:
     if not configuration["intx"]["unanswered"]:
         return False
     line = reading(configuration)
-    await device.source.call("blank", on=True)
+    await device.source.call("blank", on=True, lease=True)
     for _ in range(MOST_READS):
         await qmp.hmp(line)
         configuration = await device.source.call("configuration")

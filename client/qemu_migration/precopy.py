@@ -75,7 +75,7 @@ async def _stand_still(device: MovingDevice, seconds: float) -> None:
 
 
 async def _start_log(device: MovingDevice) -> None:
-    await device.source.call("log-start", page_size=4096)
+    await device.source.call("log-start", page_size=4096, lease=True)  # ends with us, however we end
 
 
 async def _choose_writes(move: Move) -> None:
@@ -94,7 +94,7 @@ async def _choose_writes(move: Move) -> None:
 
 async def _write_through(device: MovingDevice) -> None:
     device.write_through = True
-    await device.source.call("write-through", on=True)
+    await device.source.call("write-through", on=True, lease=True)
 
 
 async def _look(move: Move, device: MovingDevice) -> None:

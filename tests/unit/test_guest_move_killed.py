@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`vfio-user migrate` is killed in the middle of a move: nothing of it stays on in the source's server, the
+destination does not start, and what the docs say to do by hand gives the guest back."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from guest_moves.fake_qemu import FakeQemu, fake_pair
+from guest_moves.killed import give_back, killed_at
+from migration.control_bed import SMALL_RAM, Served, opened, until
+from vfio_user.client.control import ControlClient
+from vfio_user.client.qemu_migration.report import Step
+from vfio_user.client.qemu_migration.request import DeviceRequest, Request, Writes
+
+
+class Bed:
+    def __init__(
+        self, servers: tuple[Served, Served], here: ControlClient, qemus: tuple[FakeQemu, FakeQemu]
+    ) -> None:
+        self.here = here
+        self.source, self.destination = qemus
+        device = DeviceRequest("dev", servers[0].control_path, servers[1].control_path)
+        ends = str(qemus[0].path), str(qemus[1].path)
+        self.request = Request(*ends, (device,), "tcp:127.0.0.1:4444", writes=Writes.WRITE_THROUGH)
+
+
+@pytest.fixture
+async def bed(tmp_path: Path) -> AsyncIterator[Bed]:
+    async with (
+        opened(tmp_path, name="a", options=SMALL_RAM) as (a, control, vmm),
+        opened(tmp_path, name="b", options=SMALL_RAM) as (b, _, other),
+        fake_pair(tmp_path, {"dev": vmm}, {"dev": other}) as pair,
+    ):
+        yield Bed((a, b), control, pair)
+
+
+@pytest.mark.parametrize(
+    ("step", "runs", "found"),
+    [
+        (Step.PRECOPY, True, "running"),
+        (Step.HAND_OVER, False, "finish-migrate"),
+        (Step.RESTORE, False, "postmigrate"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Step) else None,
+)
+async def test_killed_at(bed: Bed, step: Step, runs: bool, found: str) -> None:
+    if step is Step.PRECOPY:
+        bed.source.may_switch = trio.Event()
+    await killed_at(step, bed.request)
+    state = await until(bed.here, lambda state: state["dirty_log"]["owner"] is None)
+    assert (state["write_through"], state["blank"], state["transfer"]) == (False, False, None)
+    assert state["running"] is runs
+    assert bed.destination.ran == []
+    with trio.fail_after(10):
+        assert await give_back(bed.request) == found
+    assert bed.source.running
+    assert (await bed.here.call("state"))["running"] is True
+    assert bed.destination.ran == []
