@@ -13,6 +13,7 @@ LIBRARY = "a C server of libvfio-user with memory of the same size"
 REGION_READS = "REGION_READ of 256 MiB by 1 MiB, from a C server of libvfio-user: it has no MIG_DATA_READ"
 BUILT_IN = "QEMU's built-in e1000 in the same guest"
 SIDE_BY_SIDE = "the C sample server, with both our engines in the same rounds"
+CLEAN_V1 = "libvfio-user's C sample server: v1, and no page written"
 EMPTY = "ourselves with no region mapped"
 UNLOGGED_GUEST = "the same card without dirty logging, in the same guest"
 MOVED_ALONE = "the same guest with QEMU's built-in e1000, moved by QEMU alone"
@@ -92,10 +93,17 @@ _ROWS = (
     Measure("bulk1m.split", "REGION_READ 1 MiB, two CPUs", "MB/s", LIBRARY),
     Measure("dma10k.same", "DMA_MAP + UNMAP at 10,000 regions, one CPU", "µs", EMPTY, "most", 1.15),
     Measure("dma10k.split", "DMA_MAP + UNMAP at 10,000 regions, two CPUs", "µs", EMPTY, "most", 1.15),
-    Measure("dirty16g.same", "dirty report of 16 GiB, one CPU", "ms", C, "most", 1.0, 0.7),
-    Measure("dirty16g.split", "dirty report of 16 GiB, two CPUs", "ms", C, "most", 1.0, 0.7),
-    Measure("dirty1t.same", "dirty report of 1 TiB, one CPU", "ms", C, "most", 0.7, 0.5),
-    Measure("dirty1t.split", "dirty report of 1 TiB, two CPUs", "ms", C, "most", 0.7, 0.5),
+    *(
+        Measure(f"{key}{kind}.{mode}", f"dirty report of {size}{how}, {cpus}", "ms", peer, "most", mark, moon)
+        for kind, how, peer in (
+            ("", "", C),
+            (".v2", ", v2", CLEAN_V1),
+            (".written", ", pages written", CLEAN_V1),
+            (".v2.written", ", v2, pages written", CLEAN_V1),
+        )
+        for key, size, mark, moon in (("dirty16g", "16 GiB", 1.0, 0.7), ("dirty1t", "1 TiB", 0.7, 0.5))
+        for mode, cpus in (("same", "one CPU"), ("split", "two CPUs"))
+    ),
     Measure(
         "state.same", "MIG_DATA_READ, 256 MiB by 1 MiB, one CPU", "MB/s", REGION_READS, "least", 1.0, 1.3
     ),
