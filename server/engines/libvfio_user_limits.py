@@ -175,7 +175,7 @@ LIMITS: tuple[Limit, ...] = (
     Limit(
         "v1 registers",
         "the data area has 64 KiB and cannot be mapped; a register is refused wherever it has no use, and "
-        "the reserved field always; data that was read, or written past data_size, is not looked at",
+        "the reserved field always; after each change of state an iteration begins with pending_bytes",
         "the area is as large as a message that surely comes in one piece, and has no memory to be lent; "
         "the library keeps a state of its own for the registers",
         V1_ONLY,

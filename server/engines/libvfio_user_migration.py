@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vfio_user.protocol.constants import MigrationState
+from vfio_user.protocol.errors import DeviceError
 from vfio_user.server.engines import libvfio_user_abi as abi
 from vfio_user.server.engines.libvfio_user_context import Context
 from vfio_user.server.migration.engine import MigrationEngine
+from vfio_user.server.migration.offer import Offer
 
 DATA_SIZE = 64 << 10
 """Bytes of v1's data area. The library takes a message only if all of it comes at once, and what a UNIX
@@ -37,6 +39,10 @@ class LibraryMigration:
         """What the library was last allowed to change to."""
         self._area = bytearray()
         """v1: what was prepared for reading, or is being written."""
+        self._offer: Offer | None = None
+        """v1: what the client has read of it, while saving; None where nothing is offered."""
+        self._session = 0
+        """The engine's, to which these belong."""
 
     def set_up(self) -> None:
         """Tell the library; without it, it has neither migration nor a dirty log."""
@@ -68,36 +74,62 @@ class LibraryMigration:
 
     def _transition(self, _context: object, state: int) -> int:
         wanted = STATES[abi.MigrationState(state)]
-        self._area = bytearray(DATA_SIZE if wanted is MigrationState.RESUMING else 0)
         self._engine.set_state(wanted)
         self.state = wanted
+        if wanted is MigrationState.RESUMING:
+            self._area, self._offer = bytearray(DATA_SIZE), None
         return 0
 
     # v1
 
+    def _current(self) -> Offer | None:
+        """The offer, unless it is of a session that has ended."""
+        if self._session != self._engine.session:
+            self._session = self._engine.session
+            self._offer = None
+        return self._offer
+
     def _pending_bytes(self, _context: object) -> int:
-        return self._engine.pending_bytes if self._engine.saving else 0
+        """The library asks when an iteration begins, and in each state anew: what was read is done with."""
+        if not self._engine.saving:
+            return 0
+        offer = self._current()
+        if offer is not None and offer.whole:
+            self._offer = offer = None
+        return (offer.size if offer else 0) + self._engine.pending_bytes
 
     def _prepare_data(self, _context: object, offset: Any, size: Any) -> int:
-        """While saving the next chunk; while resuming (no `size`) only the place where data goes."""
+        """While saving the next chunk, or the one that was not read; while resuming (no `size`) only the
+        place where data goes."""
         offset[0] = 0
         if size:
-            self._area = bytearray(b"".join(self._engine.read(DATA_SIZE)))
+            if self._current() is None:
+                self._area = bytearray(b"".join(self._engine.read(DATA_SIZE)))
+                self._offer = Offer(len(self._area))
             size[0] = len(self._area)
         return 0
 
     def _read_area(self, _context: object, buffer: int, count: int, offset: int) -> int:
-        data = bytes(self._area[offset : offset + count])
-        ctypes.memmove(buffer, data, len(data))
-        return len(data)
+        offer = self._current()
+        readable = len(self._area) if offer or self._engine.resuming else 0
+        if offset + count > readable:
+            raise DeviceError(f"{count} bytes at {offset:#x}: {readable} bytes are there to be read")
+        if offer is not None:
+            offer.read(offset, count)
+        ctypes.memmove(buffer, bytes(self._area[offset : offset + count]), count)
+        return count
 
     def _write_area(self, _context: object, buffer: int, count: int, offset: int) -> int:
+        if not self._engine.resuming:
+            raise DeviceError("migration data is written while resuming only")
         if offset + count > len(self._area):
-            raise ValueError(f"{count} bytes at {offset:#x} of an area of {len(self._area)}")
+            raise DeviceError(f"{count} bytes at {offset:#x} of an area of {len(self._area)}")
         self._area[offset : offset + count] = ctypes.string_at(buffer, count)
         return count
 
     def _data_written(self, _context: object, count: int) -> int:
+        if count > len(self._area):
+            raise DeviceError(f"data_size {count} is more than the data area ({len(self._area)})")
         self._engine.write(bytes(self._area[:count]))
         return 0
 

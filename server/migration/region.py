@@ -4,6 +4,8 @@
 The order of accesses is that of the comment in linux/vfio.h of 5.8 to 5.17. While saving: pending_bytes
 begins an iteration, data_offset prepares the data, data_size says how much, then the data is read;
 pending_bytes again ends the iteration. While resuming: data is written, then data_size takes it.
+
+Data that was offered and not read is offered again, whatever happens in between (`MigrationRegion._taken`).
 """
 
 import struct
@@ -13,6 +15,7 @@ from vfio_user.device_models.regions import Area, Buffer, Region
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.protocol.migration import STATES
 from vfio_user.server.migration.engine import MigrationEngine
+from vfio_user.server.migration.offer import Offer
 from vfio_user.server.shared_memory import MemfdMemory
 
 DATA_OFFSET: Final = 4096
@@ -38,14 +41,23 @@ class MigrationRegion(Region):
         self._session = 0
         self._counting = False
         """An iteration has begun: pending_bytes has been read."""
-        self._prepared: int | None = None
-        """Bytes in the data area that wait to be read; None before data_offset was read."""
+        self._offer: Offer | None = None
+        """What waits in the data area to be read; None before data_offset was read."""
         self._measured = False
-        """data_size was read, so that the client takes the data."""
+        """data_size was read."""
+        self._lent = False
+        """The client may have mapped the data area."""
+        self._by_messages = False
+        """The client has read a whole iteration by messages."""
 
     @property
     def memory(self) -> MemfdMemory:  # type: ignore[override]  # made when it is asked for
-        """Registers and data area, though only the data area is used."""
+        """Registers and data area, though only the data area is used: to be lent to the client."""
+        memory = self._own_memory()
+        self._lent = True
+        return memory
+
+    def _own_memory(self) -> MemfdMemory:
         if self._memory is None:
             try:
                 self._memory = MemfdMemory(self.size)
@@ -58,13 +70,14 @@ class MigrationRegion(Region):
     def release(self) -> None:
         """The client has gone: close the memory."""
         self._begin_anew()
+        self._lent = self._by_messages = False
         memory, self._memory = self._memory, None
         if memory is not None:
             memory.close()
 
     def _begin_anew(self) -> None:
         self._counting = self._measured = False
-        self._prepared = None
+        self._offer = None
 
     def _follow(self) -> None:
         """Forget what belongs to a session that has ended, by whichever edition it was."""
@@ -94,15 +107,18 @@ class MigrationRegion(Region):
         write(self, int.from_bytes(data, "little"))
 
     def _read_data(self, offset: int, count: int) -> bytes:
-        readable = DATA_SIZE if self._engine.resuming else self._prepared or 0
+        offer = self._offer
+        readable = DATA_SIZE if self._engine.resuming else offer.size if offer else 0
         if offset + count > DATA_OFFSET + readable:
             raise DeviceError(f"{count} bytes at {offset:#x}: {readable} bytes are there to be read")
-        return bytes(self.memory.view[offset : offset + count])
+        if offer is not None:
+            offer.read(offset - DATA_OFFSET, count)
+        return bytes(self._own_memory().view[offset : offset + count])
 
     def _write_data(self, offset: int, data: Buffer) -> None:
         if not self._engine.resuming:
             raise DeviceError("migration data is written while resuming only")
-        self.memory.view[offset : offset + len(data)] = data
+        self._own_memory().view[offset : offset + len(data)] = data
 
     # Registers
 
@@ -121,34 +137,46 @@ class MigrationRegion(Region):
     def _read_pending(self) -> int:
         if not self._engine.saving:
             return 0
-        if self._prepared is not None and self._measured:
+        if self._offer is not None and self._taken(self._offer):
             self._begin_anew()
         self._counting = True
-        return (self._prepared or 0) + self._engine.pending_bytes
+        return (self._offer.size if self._offer else 0) + self._engine.pending_bytes
+
+    def _taken(self, offer: Offer) -> bool:
+        """Whether the client has read what was offered.
+
+        By the text it has, once it reads pending_bytes again. But it may have gone to another state in
+        between; then who reads by messages is seen to have left something. Of who may have mapped the data,
+        and did not begin to read it by messages, it is assumed once data_size was read.
+        """
+        if offer.whole:
+            self._by_messages |= offer.size > 0
+            return True
+        return self._lent and not self._by_messages and self._measured and not offer.broken_off
 
     def _read_offset(self) -> int:
         if self._engine.saving:
             if not self._counting:
                 raise DeviceError("data_offset is read after pending_bytes")
-            if self._prepared is None:
+            if self._offer is None:
                 self._prepare()
         return DATA_OFFSET
 
     def _prepare(self) -> None:
         place = DATA_OFFSET
-        view = self.memory.view
+        view = self._own_memory().view
         for piece in self._engine.read(DATA_SIZE):
             view[place : place + len(piece)] = piece
             place += len(piece)
-        self._prepared = place - DATA_OFFSET
+        self._offer = Offer(place - DATA_OFFSET)
 
     def _read_size(self) -> int:
         if not self._engine.saving:
             return 0
-        if self._prepared is None:
+        if self._offer is None:
             raise DeviceError("data_size is read after data_offset")
         self._measured = True
-        return self._prepared
+        return self._offer.size
 
     def _write_size(self, value: int) -> None:
         if not self._engine.resuming:
@@ -156,7 +184,7 @@ class MigrationRegion(Region):
         if value > DATA_SIZE:
             raise DeviceError(f"data_size {value} is more than the data area ({DATA_SIZE})")
         # A copy: who has mapped the area may go on writing while we look at it.
-        self._engine.write(bytes(self.memory.view[DATA_OFFSET : DATA_OFFSET + value]))
+        self._engine.write(bytes(self._own_memory().view[DATA_OFFSET : DATA_OFFSET + value]))
 
 
 _STATE, _RESERVED, _PENDING, _OFFSET, _SIZE = (0, 4), (4, 4), (8, 8), (16, 8), (24, 8)

@@ -6,6 +6,7 @@ and "VFIO Device Migration Info" of the specification of that time. Quotations a
 import errno
 import itertools
 import mmap
+import random
 import struct
 
 import pytest
@@ -20,6 +21,7 @@ from conformance.moving import (
     FIELDS,
     OFFSET,
     PENDING,
+    PIECE,
     REGION,
     REGION_SIZE,
     RESERVED,
@@ -456,16 +458,67 @@ async def test_f_pending_bytes_tells_that_the_data_has_been_read(serve: Serve) -
         assert await read_stream(raw, MiB) == b"".join(parts), "v1's chunks joined are v2's bytes"
 
 
-async def test_data_that_was_prepared_and_not_taken_is_offered_again(raw: RawClient) -> None:
-    """The state changes between data_offset and data_size: the client has not taken it."""
+async def taken_with_a_change(raw: RawClient, order: str) -> list[bytes]:
+    """What a client has read that goes from pre-copy to stop-and-copy in the middle of an iteration. In the
+    order that is said, it asks for `o`, data_offset, and `s`, data_size, reads `h`, half of the data, and
+    `r`, the rest of it or all, and goes on (`|`); what it has not read to the end, it leaves.
+    """
     await set_v1(raw, V1_PRE_COPY)
     await read_field(raw, PENDING)
-    await read_field(raw, OFFSET)
-    await set_v1(raw, V1_SAVING)
+    size, parts = 0, [b""]
+    for what in order:
+        if what == "o":
+            assert await read_field(raw, OFFSET) == DATA
+        elif what == "s":
+            size = await read_field(raw, SIZE)
+        elif what == "|":
+            await set_v1(raw, V1_SAVING)
+        else:
+            begin, end = len(parts[0]), size // 2 if what == "h" else size
+            parts[0] += await read_data(raw, end - begin, DATA + begin)
+    left = parts if order.endswith("r") or "r|" in order else []
+    return [*left, *await iterate(raw)]
+
+
+READ_BEFORE, READ_AFTER = ("osr|", "oshr|"), ("os|r", "osh|r", "os|hr")
+NEVER_READ = ("|", "o|", "os|", "osh|", "os|h", "o|o")
+
+
+@pytest.mark.parametrize("order", [*READ_BEFORE, *READ_AFTER, *NEVER_READ])
+@pytest.mark.parametrize("memory", ["0", "256K"])
+async def test_nothing_is_lost_or_twice_when_the_state_changes_within_an_iteration(
+    serve: Serve, memory: str, order: str
+) -> None:
+    """ "The user application can transition from the _SAVING|_RUNNING (pre-copy state) to the _SAVING
+    (stop-and-copy) state regardless of the number of pending bytes." Data is read whole or not at all."""
+    async with connect(serve(Scratch, f"memory={memory}").path) as raw:
+        noise = random.Random(1).randbytes(256 << 10) if memory != "0" else b""
+        await write_words(raw, noise, region=2)
+        await write_words(raw, b"moved")
+        parts = await taken_with_a_change(raw, order)
+        await set_v1(raw, V1_RUNNING)
+        await write_words(raw, bytes(len(noise)), region=2)
+        await write_words(raw, bytes(5))
+        await set_v1(raw, V1_RESUMING)
+        await resume_v1(raw, parts)
+        await set_v1(raw, V1_RUNNING)
+        assert await read_words(raw, 5) == b"moved"
+        for place in range(0, len(noise), PIECE):
+            assert await read_words(raw, PIECE, place, region=2) == noise[place : place + PIECE]
+
+
+@SAVING_STATES
+async def test_data_that_was_not_read_to_its_end_is_offered_again(raw: RawClient, state: int) -> None:
+    """Without a change of state as well: the read of pending_bytes would say that it was read."""
+    await set_v1(raw, state)
+    pending = await read_field(raw, PENDING)
+    for _ in range(3):
+        assert await read_field(raw, OFFSET) == DATA
+        size = await read_field(raw, SIZE)
+        await read_data(raw, size - 1)
+        assert await read_field(raw, PENDING) >= pending > 0
     parts = await iterate(raw)
-    await set_v1(raw, V1_RUNNING, V1_RESUMING)
-    await resume_v1(raw, parts)
-    await set_v1(raw, V1_RUNNING)
+    assert len(parts[0]) == size
 
 
 async def test_data_that_was_taken_is_not_offered_again_after_a_change_of_state(raw: RawClient) -> None:
