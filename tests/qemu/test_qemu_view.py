@@ -114,9 +114,10 @@ async def test_without_it_the_device_is_dead_and_with_it_goes_on(lab: Lab, names
             view = done.view
         guest = replace(guest, machine=moving.guest)
         assert await guest.space() != before
-        for require in (require_marks, require_vectors):
-            with pytest.raises(AssertionError):
-                await require(guest)
+        with pytest.raises(AssertionError):
+            await require_marks(guest)
+        with pytest.raises(AssertionError):
+            await require_vectors(guest, 2)
         side = moving.here
         async with open_qmp(str(side.qmp)) as qmp, open_control(side.controls["dev"]) as control:
             await qmp.execute("stop")
@@ -170,7 +171,7 @@ async def test_a_second_function_with_msi_and_then_asleep(lab: Lab, namespace: N
         assert await guest.space() == before
         await require_marks(guest)
         await guest.write((guest.bars[0] + FIRE, 2))
-        assert await guest.words(NOBODYS) == [0x1232]
+        await guest.require_words({NOBODYS: 0x1232})
         await guest.configure("CAP_PM+4.w=3")
         asleep, mark = await guest.space(), await guest.words(guest.bars[0] + MARK)
         assert mark != [0xCAFE]
