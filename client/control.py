@@ -8,7 +8,6 @@ async with open_control(path) as control:
 """
 
 import contextlib
-import os
 import socket
 from collections.abc import AsyncIterator
 from itertools import count
@@ -21,9 +20,12 @@ from vfio_user.client.background import background
 from vfio_user.protocol.errors import VfioUserError
 from vfio_user.protocol.json_rpc import Answer, BadLine, LineSplitter, RpcError, build_call, parse_answer
 from vfio_user.transport.channel import Channel
+from vfio_user.transport.connector import connect_unix
 from vfio_user.transport.fds import close_all
 
 MAX_ANSWER = 16 << 20
+CONNECT = 5.0
+"""Seconds for a server to take a connection."""
 
 
 class ControlLost(Exception):
@@ -112,16 +114,20 @@ class ControlClient:
         self._channel.close()
 
 
+async def connect_control(path: Path, timeout: float = CONNECT) -> socket.socket:
+    """A connection to the control socket at `path`. ControlLost when there is none to be had in time."""
+    with trio.move_on_after(timeout):
+        try:
+            return await connect_unix(path)
+        except OSError as error:
+            raise ControlLost(f"{path} cannot be connected to: {error.strerror or error}") from error
+    raise ControlLost(f"{path} takes no connection within {timeout:g} s: does its server hang?")
+
+
 @contextlib.asynccontextmanager
-async def open_control(path: Path) -> AsyncIterator[ControlClient]:
+async def open_control(path: Path, timeout: float = CONNECT) -> AsyncIterator[ControlClient]:
     """A connection to the control socket at `path`. ControlLost when there is none to be had."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.connect(os.fspath(path))
-    except OSError as error:
-        sock.close()
-        raise ControlLost(f"{path} cannot be connected to: {error.strerror or error}") from error
-    client = ControlClient(sock)
+    client = ControlClient(await connect_control(path, timeout))
     try:
         async with background() as nursery:
             nursery.start_soon(client.read_answers)

@@ -18,7 +18,7 @@ from typing import Any
 import trio
 
 from vfio_user.client.background import background
-from vfio_user.client.control import ControlLost, open_control
+from vfio_user.client.control import CONNECT, ControlLost, connect_control, open_control
 from vfio_user.protocol.json_rpc import FAILED, MAX_LINE, RpcError, build_call, parse_answer
 
 PIECE = 256 << 10
@@ -61,25 +61,27 @@ class InlineSave:
 
 
 @contextlib.asynccontextmanager
-async def open_inline_save(path: Path, *, hold: bool = False) -> AsyncIterator[InlineSave]:
+async def open_inline_save(
+    path: Path, *, hold: bool = False, timeout: float = CONNECT
+) -> AsyncIterator[InlineSave]:
     """A save by the server whose control socket is at `path`; leaving early cancels it.
 
     RpcError: the server refuses. ControlLost: it cannot be reached, or has gone.
     """
-    async with await _connect(path) as stream:
+    async with await _connect(path, timeout) as stream:
         await _send(stream, build_call("save", {"inline": True, "hold": hold}, 1))
         line, first = await _receive_line(stream)
         _result(line)
         yield InlineSave(path, stream, first)
 
 
-async def inline_load(path: Path, chunks: AsyncIterable[bytes]) -> Any:
+async def inline_load(path: Path, chunks: AsyncIterable[bytes], *, timeout: float = CONNECT) -> Any:
     """Load the bytes of `chunks` into the device of the server at `path`: the result of `load`.
 
     RpcError: refused, or failed, and the device is as it was. ControlLost. What `chunks` raises ends the
     load, as does a cancellation.
     """
-    async with await _connect(path) as stream:
+    async with await _connect(path, timeout) as stream:
         await _send(stream, build_call("load", {"inline": True}, 1))
         answer = _Answer()
         async with background() as nursery:
@@ -120,11 +122,8 @@ async def _feed(stream: trio.SocketStream, chunks: AsyncIterable[bytes]) -> None
         await stream.send_eof()
 
 
-async def _connect(path: Path) -> trio.SocketStream:
-    try:
-        return await trio.open_unix_socket(path)
-    except OSError as error:
-        raise ControlLost(f"{path} cannot be connected to: {error.strerror or error}") from error
+async def _connect(path: Path, timeout: float) -> trio.SocketStream:
+    return trio.SocketStream(trio.socket.from_stdlib_socket(await connect_control(path, timeout)))
 
 
 async def _send(stream: trio.SocketStream, line: bytes) -> None:

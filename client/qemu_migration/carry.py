@@ -4,8 +4,9 @@
 It goes through this process, over connections of its own: descriptors pass through no SSH forwarding.
 """
 
+import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import trio
@@ -33,7 +34,8 @@ class Carrier:
     async def run(self) -> None:
         async with open_inline_save(self._source, hold=True) as save:
             try:
-                await inline_load(self._destination, self._counted(save))
+                async with contextlib.aclosing(self._counted(save)) as chunks:
+                    await inline_load(self._destination, chunks)
             except (RpcError, ControlLost):
                 if self._all_read:
                     await save.check()  # if it was the source's fault, this says so
@@ -41,7 +43,7 @@ class Carrier:
         self.ended = time.perf_counter()
         self.done.set()
 
-    async def _counted(self, save: InlineSave) -> AsyncIterator[bytes]:
+    async def _counted(self, save: InlineSave) -> AsyncGenerator[bytes, None]:
         async for data in save:
             self.bytes = save.bytes
             yield data

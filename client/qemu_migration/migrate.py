@@ -8,9 +8,11 @@ What each step does, and what a failure leaves, is in docs/qemu-migration.md.
 
 import math
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import trio
 
+from vfio_user.client.background import background
 from vfio_user.client.qemu_migration import precopy, switch
 from vfio_user.client.qemu_migration.closing import finish, write_report
 from vfio_user.client.qemu_migration.move import Move, open_move, within
@@ -28,6 +30,8 @@ from vfio_user.client.qemu_migration.together import shielded, side_by_side
 from vfio_user.client.qemu_migration.trail import TROUBLE, Trail, reason
 from vfio_user.client.qemu_migration.way_back import lead_back
 from vfio_user.client.qemu_migration.whose import Guest, runs_there, whose
+
+T = TypeVar("T")
 
 
 class GuestMigration:
@@ -51,17 +55,19 @@ class GuestMigration:
         self._deadline = trio.current_time() + self._request.limits.timeout
         self._trail.begin(Step.CONNECT)
         report = None
-        async with open_move(self._request, self._trail) as move:
-            await self._check(move)
+        async with background() as nursery:
+            move = await self._answered(open_move(self._request, self._trail, nursery))
+            await self._answered(precopy.check(move))
             report = await self._move_or_lead_back(move)
         assert report is not None
         return report
 
-    async def _check(self, move: Move) -> None:
-        """Refused, or MoveError when somebody does not answer as he should."""
+    async def _answered(self, work: Awaitable[T]) -> T:
+        """Before anything is touched. Refused, or MoveError when somebody does not answer as he should, or
+        not in time."""
         with self._new_scope():
             try:
-                return await precopy.check(move)
+                return await work
             except MoveError:
                 raise
             except TROUBLE as error:

@@ -3,13 +3,13 @@
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import trio
 
-from vfio_user.client.background import background
 from vfio_user.client.control import ControlClient, ControlLost, open_control
 from vfio_user.client.qemu_migration.carry import Carrier
 from vfio_user.client.qemu_migration.facts import Facts
@@ -118,14 +118,13 @@ class Move:
             raise MoveError(f"{device.id}, a server of it: {error}") from error
 
 
-@contextlib.asynccontextmanager
-async def open_move(request: Request, trail: Trail) -> AsyncIterator[Move]:
-    """Connections to everybody. MoveError: somebody cannot be reached; nothing has been touched."""
-    async with background() as nursery, contextlib.AsyncExitStack() as stack:
-        source = await _open_side(nursery, request.source_qmp, Where.SOURCE)
-        destination = await _open_side(nursery, request.destination_qmp, Where.DESTINATION)
-        devices = [await _open_device(stack, device) for device in request.devices]
-        yield Move(request, trail, source, destination, tuple(devices), nursery)
+async def open_move(request: Request, trail: Trail, nursery: trio.Nursery) -> Move:
+    """Connections to everybody, which end with `nursery`. MoveError: somebody cannot be reached; nothing has
+    been touched."""
+    source = await _open_side(nursery, request.source_qmp, Where.SOURCE)
+    destination = await _open_side(nursery, request.destination_qmp, Where.DESTINATION)
+    devices = [await _open_device(nursery, device) for device in request.devices]
+    return Move(request, trail, source, destination, tuple(devices), nursery)
 
 
 async def _open_side(nursery: trio.Nursery, address: str, where: Where) -> QemuSide:
@@ -148,11 +147,11 @@ async def _keep(
             await side.follow(events)
 
 
-async def _open_device(stack: contextlib.AsyncExitStack, wanted: DeviceRequest) -> MovingDevice:
+async def _open_device(nursery: trio.Nursery, wanted: DeviceRequest) -> MovingDevice:
     ends = []
     for where, path in ((Where.SOURCE, wanted.source), (Where.DESTINATION, wanted.destination)):
         try:
-            ends.append(await stack.enter_async_context(open_control(path)))
+            ends.append(await nursery.start(_keep_control, path))
         except ControlLost as error:
             raise MoveError(f"{wanted.id}, the {where.value}'s server: {error}", where) from error
     return MovingDevice(wanted, *ends)
@@ -160,6 +159,14 @@ async def _open_device(stack: contextlib.AsyncExitStack, wanted: DeviceRequest) 
 
 async def within(seconds: float, work: Awaitable[Any], complaint: str, where: Where) -> Any:
     """The result of `work`. MoveError with `complaint` when it takes too long."""
+async def _keep_control(
+    path: Path, task_status: trio.TaskStatus[ControlClient] = trio.TASK_STATUS_IGNORED
+) -> None:
+    async with open_control(path) as control:
+        task_status.started(control)
+        await trio.sleep_forever()
+
+
     with trio.move_on_after(seconds) as scope:
         return await work
     assert scope.cancelled_caught

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import socket
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ import trio
 from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError, Runstate
 
 from vfio_user.client.qemu_migration.asyncio_thread import AsyncioThread, asyncio_thread
+from vfio_user.transport.connector import AGAIN, new_socket, try_connect
 
 # What the library says in its log is in our errors as well: without a handler it would go to standard error.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -154,6 +156,16 @@ class Qmp:
         self.lost.set()
 
 
+async def _connect_path(path: str) -> socket.socket:
+    """In the asyncio loop, which would take a socket at a full backlog for one that is connected."""
+    with contextlib.ExitStack() as failed:
+        sock = failed.enter_context(new_socket())
+        while not try_connect(sock, path):  # noqa: ASYNC110 - nobody tells when there is room
+            await asyncio.sleep(AGAIN)
+        failed.pop_all()
+    return sock
+
+
 class _Session(EventListener):
     """The side that lives in the asyncio loop; what it tells trio goes there in order."""
 
@@ -167,7 +179,12 @@ class _Session(EventListener):
         self._closing: asyncio.Event | None = None
 
     async def connect(self, address: str | tuple[str, int]) -> None:
-        await self._client.connect(address)
+        with contextlib.ExitStack() as failed:
+            where = (
+                failed.enter_context(await _connect_path(address)) if isinstance(address, str) else address
+            )
+            await self._client.connect(where)
+            failed.pop_all()  # the socket is the client's now
         self._closing = asyncio.Event()
         self._watcher = asyncio.create_task(self._watch(self._closing))
 

@@ -2,6 +2,7 @@
 """A guest's move step by step, and each way in which it can go wrong: real servers, real control sockets, and
 QEMUs without a guest that speak QMP (tests/qemu has real ones)."""
 
+import socket
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -188,6 +189,32 @@ async def test_nobody_there(scene: Scene) -> None:
     scene.destination.path = scene.destination.path.with_name("nobody")
     with pytest.raises(MoveError, match=r"the destination's QEMU: .*nobody cannot be connected to"):
         await scene.move()
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+async def test_a_server_that_takes_no_connection(scene: Scene, tmp_path: Path, cancel: bool) -> None:
+    """It hangs, and so many wait already that there is no room."""
+    with socket.socket(socket.AF_UNIX) as hung, socket.socket(socket.AF_UNIX) as waiting:
+        scene.servers[1].control_path = tmp_path / "hung"
+        hung.bind(str(tmp_path / "hung"))
+        hung.listen(0)
+        waiting.connect(str(tmp_path / "hung"))
+        scene.limits = Limits(timeout=60 if cancel else 0.3)
+        async with trio.open_nursery() as nursery:
+
+            async def cancel_soon() -> None:
+                await trio.sleep(0.1)
+                assert scene.migration is not None
+                scene.migration.cancel()
+
+            if cancel:
+                nursery.start_soon(cancel_soon)
+            with (
+                trio.fail_after(3),
+                pytest.raises(MoveError, match="cancelled" if cancel else "not done within"),
+            ):
+                await scene.move()
+    assert scene.steps == [Step.CONNECT]
 
 
 @pytest.mark.parametrize("cancel", [True, False])
