@@ -4,6 +4,8 @@
 `python -m vfio_user.client.qemu.lab` builds what is missing, stale or damaged and prints a table.
 """
 
+import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -53,10 +55,7 @@ class Lab:
 
     @property
     def qemu(self) -> Qemu:
-        search = find_qemu(self.root)
-        if search.qemu is None:
-            raise LabError(search.reason)
-        return search.qemu
+        return _examined(self.root, os.environ.get("PATH", ""))
 
     @property
     def kernel(self) -> Path:
@@ -105,6 +104,16 @@ def find_qemu(root: Path | None = None) -> QemuSearch:
         except LabError as error:
             reasons.append(str(error))
     return QemuSearch(None, f"{'; '.join(reasons)}; get one with: {HOW_TO_GET}")
+
+
+@functools.cache
+def _examined(root: Path, path: str) -> Qemu:
+    """What `find_qemu` finds, looked at once: it starts QEMU twice, which no guest need wait for again."""
+    del path
+    search = find_qemu(root)
+    if search.qemu is None:
+        raise LabError(search.reason)
+    return search.qemu
 
 
 def build_lab(root: Path, say: Say) -> list[Outcome]:
