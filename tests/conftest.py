@@ -7,11 +7,13 @@ commands), `output` (lines that the command before it prints).
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from needs import describe_libraries, in_ci
 
 # On a machine that is busy an example may take any time; what hangs is ended by pytest's timeout.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -50,6 +52,20 @@ def _write(folder: Path, step: Step) -> None:
     elif language == "diff":
         text = _patched(path.read_text(), text)
     path.write_text(text)
+
+
+def pytest_report_header() -> str:
+    return f"libvfio-user: {describe_libraries()}"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that skips itself, by whatever way, fails in CI."""
+    report = yield
+    if report.skipped and in_ci() and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"with CI=true nothing may be skipped: {reason}"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from vfio_user.client.qemu.shell import LabError, Shell
 
 BUILD = ("gcc", "libc6-dev", "pkg-config", "meson", "ninja-build", "libjson-c-dev", "libcmocka-dev")
-TOOLS = ("iproute2", "iperf3", "ethtool", "pciutils", "socat", "passt", "valgrind")
+TOOLS = ("gcc", "libc6-dev", "iproute2", "iperf3", "ethtool", "pciutils", "socat", "passt", "valgrind")
+"""The tests compile too: the compiler may be missing where libvfio-user was built and kept."""
 
 
 def installed(shell: Shell, packages: Iterable[str]) -> dict[str, str]:

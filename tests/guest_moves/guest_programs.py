@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Programs in C for the guest, compiled statically by this machine's gcc."""
 
-import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from needs import compile_c
 from vfio_user.client.qemu.command import MachineOptions
 from vfio_user.client.qemu.machine import Machine
 
@@ -13,15 +12,9 @@ SCRIBBLE = "usr/bin/scribble"
 _RESOURCE = "/sys/bus/pci/devices/$(cat /tmp/scribbler)"
 
 
-def can_compile() -> bool:
-    return shutil.which("gcc") is not None
-
-
 def compiled(name: str, folder: Path) -> Path:
     """`NAME.c` of this folder as a program in `folder`; CalledProcessError when it does not compile."""
-    program, source = folder / name, Path(__file__).with_name(f"{name}.c")
-    subprocess.run(["gcc", "-O2", "-Wall", "-Werror", "-static", "-o", program, source], check=True)
-    return program
+    return compile_c(Path(__file__).with_name(f"{name}.c"), folder / name, "-O2", "-static")
 
 
 def scribble_options(program: Path, files: Mapping[str, bytes | Path] | None = None) -> MachineOptions:

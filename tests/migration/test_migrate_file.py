@@ -14,6 +14,7 @@ import pytest
 
 from migration.moving import WAYS, Yard, open_yard, seeded, wait_until
 from migration.scratch_guest import Copier
+from needs import missing
 from vfio_user.client.attachment import Attachment
 from vfio_user.client.fake_vmm import FakeVmm, VmmOptions
 from vfio_user.client.guest import Guest, open_guest
@@ -224,7 +225,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
     folder.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(words, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root")
+        missing("mounting a small file system needs root")
     try:
         yield folder
     finally:

@@ -14,11 +14,11 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
-from guest_moves.guest_programs import can_compile, compiled
+from guest_moves.guest_programs import compiled
+from needs import in_ci, missing
 from vfio_user.client.qemu.command import MachineOptions
 from vfio_user.client.qemu.lab import Lab, build_lab
 from vfio_user.client.qemu.machine import Machine, open_machine
@@ -47,20 +47,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("chipset", "mapped", "engine"), COMBINATIONS)
 
 
-def _in_ci() -> bool:
-    return os.environ.get("CI", "").lower() == "true"
-
-
-def missing(reason: str) -> NoReturn:
-    """Fails the test in CI and skips it elsewhere."""
-    if _in_ci():
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
-
-
 def _root() -> Path:
     root = lab_root()
-    if _in_ci():
+    if in_ci():
         build_lab(root, print)
     return root
 
@@ -192,8 +181,6 @@ def hold(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _guest_program(name: str, factory: pytest.TempPathFactory) -> Path:
-    if not can_compile():
-        missing("there is no gcc: make lab, or apt-get install gcc libc6-dev")
     return compiled(name, factory.mktemp("programs"))
 
 

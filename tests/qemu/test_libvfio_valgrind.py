@@ -35,6 +35,7 @@ from conformance.moving import (
     write_stream,
 )
 from conformance.raw import RawClient, connect
+from needs import missing
 from vfio_user.client.memory import GuestRam, RamRange
 from vfio_user.client.qemu.lab import Lab
 
@@ -49,13 +50,7 @@ SIZE = 16 * PAGE
 
 @pytest.fixture
 def valgrind() -> str:
-    found = shutil.which("valgrind")
-    if found is None:
-        reason = "valgrind is missing: make lab, or apt-get install valgrind"
-        if os.environ.get("CI", "").lower() == "true":
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
-    return found
+    return shutil.which("valgrind") or missing("valgrind is missing: make lab, or apt-get install valgrind")
 
 
 @pytest.fixture

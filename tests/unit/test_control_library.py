@@ -5,23 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from conformance.limits import require_library
 from vfio_user.client.control import open_control
 from vfio_user.client.fake_vmm import VmmOptions, open_vmm
-from vfio_user.client.qemu.libvfio import LIBRARY
-from vfio_user.client.qemu.paths import lab_root
 from vfio_user.client.server_process import serving
 from vfio_user.protocol.json_rpc import RpcError
-from vfio_user.server.engines.libvfio_user_library import LibraryError, find_library
 
 pytestmark = pytest.mark.lab
 
 
 @pytest.fixture(autouse=True)
 def _library() -> None:
-    try:
-        find_library(lab=lab_root() / "libvfio-user" / LIBRARY)
-    except LibraryError as error:
-        pytest.skip(str(error))
+    require_library()
 
 
 async def test_stop_save_load_and_what_the_library_keeps_to_itself(tmp_path: Path) -> None:

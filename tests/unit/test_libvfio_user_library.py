@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Finding libvfio-user and telling its revisions apart, before anything of it is called."""
 
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import needs
 from vfio_user.server.engines.libvfio_user_abi import FUNCTIONS, Abi
 from vfio_user.server.engines.libvfio_user_library import (
     VARIABLE,
@@ -18,21 +17,15 @@ from vfio_user.server.engines.libvfio_user_library import (
     load,
 )
 
-SOURCE = Path(__file__).parent / "libvfio" / "stub.c"
 Compile = Callable[..., Path]
 
 
 @pytest.fixture
 def compile_stub(tmp_path: Path) -> Compile:
     """`compile_stub("-DNO_LIMIT")` gives a library."""
-    if shutil.which("cc") is None:
-        pytest.skip("there is no C compiler: apt-get install gcc")
 
     def make(*flags: str) -> Path:
-        path = tmp_path / f"stub{'-'.join(flags)}.so"
-        words = ["cc", "-Wall", "-Werror", "-O1", "-shared", "-fPIC", *flags, "-o", str(path), str(SOURCE)]
-        subprocess.run(words, check=True)
-        return path
+        return needs.compile_stub(tmp_path / f"stub{'-'.join(flags)}.so", *flags)
 
     return make
 

@@ -6,15 +6,14 @@ v2 library is used by the conformance tests and by tests/migration when VFIO_USE
 """
 
 import errno
-import shutil
 import socket
 import struct
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from needs import compile_stub
 from vfio_user.device_models.device import Device, Host
 from vfio_user.device_models.faulty import Faulty
 from vfio_user.device_models.pci import Bar, Identity
@@ -26,7 +25,6 @@ from vfio_user.server.engines.libvfio_user import LibvfioUserServer
 from vfio_user.server.engines.libvfio_user_abi import MigrationState, Reset
 from vfio_user.server.engines.libvfio_user_library import Library, load
 
-SOURCE = Path(__file__).parent / "libvfio" / "stub.c"
 PAGE = 4096
 ORDER, RESULT = struct.Struct("=IIQQII"), struct.Struct("=qiI")
 (
@@ -55,14 +53,7 @@ UNMAPPED = 4
 
 @pytest.fixture(scope="module", params=[(), ("-DNO_LIMIT",)], ids=["2026", "2023"])
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
-    if shutil.which("cc") is None:
-        pytest.skip("there is no C compiler: apt-get install gcc")
-    path = tmp_path_factory.mktemp("stub") / "stub.so"
-    subprocess.run(
-        ["cc", "-Wall", "-Werror", "-O1", "-shared", "-fPIC", *request.param, "-o", str(path), str(SOURCE)],
-        check=True,
-    )
-    return load(str(path))
+    return load(str(compile_stub(tmp_path_factory.mktemp("stub") / "stub.so", *request.param)))
 
 
 class Bench:
