@@ -9,6 +9,7 @@ from vfio_user.server.control_configuration import describe
 from vfio_user.server.control_device import DeviceControl
 from vfio_user.server.control_dirty import DirtyControl
 from vfio_user.server.control_guest import MAX_ACCESS, GuestControl
+from vfio_user.server.control_jobs import Steps
 from vfio_user.server.control_leases import Leases
 from vfio_user.server.control_method import Method, Param
 from vfio_user.server.control_pending import MESSAGES, MOST_VECTORS, pend
@@ -61,6 +62,17 @@ def _state(control: Control) -> Any:
     }
 
 
+def _stop(control: Control, wait: int, describe_too: bool) -> Steps:
+    result = yield from control.device.stop(wait)
+    if describe_too:
+        result |= {"dirty_log": control.dirty.figures(), "configuration": _describe(control)}
+    return result
+
+
+def _describe(control: Control) -> Any:
+    return describe(control.device.device, control.engine.host.irqs)
+
+
 def _memory(engine: Engine[Any]) -> Any:
     """Bytes of guest memory by the way to reach it."""
     sizes = dict.fromkeys((access.value for access in Access), 0)
@@ -82,6 +94,7 @@ def _shutdown(control: Control) -> Any:
 
 
 _WAIT = Param("wait", int, 100, "milliseconds to wait for DMA replies that the client owes", most=60_000)
+_DESCRIBE = Param("describe", bool, False, "then tell `dirty_log`, as `state`, and `configuration`, too")
 _HOLD = Param("hold", bool, False, "go on writing what changes until a `stop`, and stay stopped")
 _INLINE = Param("inline", bool, False, "over this connection, without a descriptor")
 _PAGE = Param("page_size", int, 4096, "bytes, a power of two", least=4096, power_of_two=True)
@@ -111,16 +124,16 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "configuration",
-            lambda c, a, stream: describe(c.device.device, c.engine.host.irqs),
+            lambda c, a, stream: _describe(c),
             "the configuration space as the guest reads it, its BARs, MSI-X, MSI and INTx",
             "always",
         ),
         Method(
             "stop",
-            lambda c, a, stream: c.device.stop(a["wait"]),
+            lambda c, a, stream: _stop(c, a["wait"], a["describe"]),
             "stop the device: it answers, but starts and sends nothing, and remembers what it is asked",
             "unless the client migrates it itself",
-            (_WAIT,),
+            (_WAIT, _DESCRIBE),
         ),
         Method(
             "resume",

@@ -23,7 +23,7 @@ _IO, _MEMORY = 1, 2
 async def lower_intx(device: MovingDevice, qmp: Qmp) -> bool:
     """Whether there was anything to do. The device is stopped; meanwhile its BARs answer zeros, so that these
     reads change nothing. MoveError when it stays high."""
-    configuration = await device.source.call("configuration")
+    configuration = device.stopped["configuration"]
     if not configuration["intx"]["unanswered"]:
         return False
     line = reading(configuration)

@@ -37,6 +37,8 @@ class MovingDevice:
         self.model = ""
         self.write_through = False
         self.growth = Growth()
+        self.stopped: Mapping[str, Any] = {}
+        """What the source's server told when it had stopped it."""
         self.view: View | None = None
         """QEMU's own view of it, taken at the source."""
         self.early: View | None = None
@@ -157,8 +159,6 @@ async def _open_device(nursery: trio.Nursery, wanted: DeviceRequest) -> MovingDe
     return MovingDevice(wanted, *ends)
 
 
-async def within(seconds: float, work: Awaitable[Any], complaint: str, where: Where) -> Any:
-    """The result of `work`. MoveError with `complaint` when it takes too long."""
 async def _keep_control(
     path: Path, task_status: trio.TaskStatus[ControlClient] = trio.TASK_STATUS_IGNORED
 ) -> None:
@@ -167,6 +167,8 @@ async def _keep_control(
         await trio.sleep_forever()
 
 
+async def within(seconds: float, work: Awaitable[Any], complaint: str, where: Where) -> Any:
+    """The result of `work`. MoveError with `complaint` when it takes too long."""
     with trio.move_on_after(seconds) as scope:
         return await work
     assert scope.cancelled_caught

@@ -34,6 +34,8 @@ class QemuSide:
         self.status = "none"
         """Of its migration."""
         self.heard: list[Heard] = []
+        self.ending = False
+        """It was told to end."""
         self.monitor = trio.Lock()
         """For who needs several of its lines in a row: the port 0xcf8 is one for all devices."""
         self._lot = trio.lowlevel.ParkingLot()

@@ -9,28 +9,34 @@ from typing import Any
 from vfio_user.client.qemu_migration.intx import lower_intx
 from vfio_user.client.qemu_migration.move import Move, MovingDevice, within
 from vfio_user.client.qemu_migration.placing import place_now
+from vfio_user.client.qemu_migration.qmp import QmpLost
 from vfio_user.client.qemu_migration.report import MoveError, Step, Where
 from vfio_user.client.qemu_migration.together import side_by_side
-from vfio_user.client.qemu_migration.view import has_bars, is_placed, snapshot
+from vfio_user.client.qemu_migration.view import Places, ask_places, has_bars, is_placed, take_view
 from vfio_user.client.qemu_migration.view import restore as restore_view
 
 WAIT_MS = 1000
 """For DMA replies that QEMU owes when a device is stopped."""
 
 
-async def stop_devices(move: Move) -> None:
-    """The source's. Interrupts that they raise from now on are kept in their states."""
+async def stop_devices(move: Move) -> Places:
+    """The source's. Interrupts that they raise from now on are kept in their states. QEMU says meanwhile
+    where they are."""
     move.trail.begin(Step.STOP)
     move.marks["still"] = move.source.when("STOP") or time.perf_counter()
     limit = move.request.limits.stop
-    await move.each(lambda device: _stop(device, limit))
+    async with side_by_side() as nursery:
+        nursery.start_soon(move.each, lambda device: _stop(device, limit))
+        places = await ask_places(move.source.qmp)
     move.mark("stopped")
+    return places
 
 
 async def _stop(device: MovingDevice, seconds: float) -> None:
     complaint = f"{device.id} does not stop within {seconds:g} s"
     with device.timed("stop"):
-        result = await within(seconds, device.source.call("stop", wait=WAIT_MS), complaint, Where.SOURCE)
+        call = device.source.call("stop", wait=WAIT_MS, describe=True)
+        device.stopped = result = await within(seconds, call, complaint, Where.SOURCE)
     if result["running"] or result["unanswered_dma"]:
         raise MoveError(f"{device.id} does not stop: {_why(result)}", Where.SOURCE)
 
@@ -43,22 +49,24 @@ def _why(result: Mapping[str, Any]) -> str:
     )
 
 
-async def hand_over(move: Move) -> None:
+async def hand_over(move: Move, places: Places) -> None:
     """Logs to QEMU, INTx low, QEMU's view: everything that has to go before the last pages. The states are on
     their way meanwhile."""
     move.trail.begin(Step.HAND_OVER)
-    await move.each(lambda device: _hand_over(move, device))
+    await move.each(lambda device: _hand_over(move, places, device))
     move.mark("handed-over")
 
 
-async def _hand_over(move: Move, device: MovingDevice) -> None:
+async def _hand_over(move: Move, places: Places, device: MovingDevice) -> None:
     async with side_by_side() as nursery:
         nursery.start_soon(_hand_over_log, device)
         nursery.start_soon(_lower, move, device)
-        nursery.start_soon(_snapshot_and_place, move, device)
+        nursery.start_soon(_take_view_and_place, move, places, device)
 
 
 async def _hand_over_log(device: MovingDevice) -> None:
+    if int(device.stopped["dirty_log"]["pages"]) == 0:
+        return
     with device.timed("log"):
         result = await device.source.call("log-hand-over")
     device.pages_handed_over = int(result["pages"])
@@ -69,10 +77,11 @@ async def _lower(move: Move, device: MovingDevice) -> None:
         device.intx_lowered = await lower_intx(device, move.source.qmp)
 
 
-async def _snapshot_and_place(move: Move, device: MovingDevice) -> None:
+async def _take_view_and_place(move: Move, places: Places, device: MovingDevice) -> None:
     async with move.source.monitor:
         with device.timed("view"):
-            device.view = await snapshot(move.source.qmp, device.source, device.id)
+            answer = device.stopped["configuration"]
+            device.view = await take_view(move.source.qmp, places, answer, device.id)
     await place_now(move, device)
 
 
@@ -82,13 +91,22 @@ async def last_pass(move: Move) -> None:
     move.trail.begin(Step.LAST_PASS)
     move.continued = True
     await move.source.qmp.execute("migrate-continue", state="pre-switchover")
-    await move.source.until("completed")
-    await move.destination.until("completed")
+    try:
+        await move.source.until("completed")
+        await move.destination.until("completed")
+    except QmpLost:
+        # A monitor that is lost says nothing of the guest: who has it turns on the states as well.
+        await _finish_states(move)
+        raise
+    await _finish_states(move)
+    move.mark("completed")
+
+
+async def _finish_states(move: Move) -> None:
     seconds = move.request.limits.standstill
     late = f"the devices' states have not arrived {seconds:g} s after all else"
     arrivals = move.each(lambda device: _finish_state(move, device))
     await within(seconds, arrivals, late, Where.DESTINATION)
-    move.mark("completed")
 
 
 async def _finish_state(move: Move, device: MovingDevice) -> None:
@@ -97,19 +115,21 @@ async def _finish_state(move: Move, device: MovingDevice) -> None:
 
 
 async def restore(move: Move) -> None:
-    """QEMU's own view of the devices, at the destination."""
+    """QEMU's own view of the devices, at the destination, where it could not be given to it before."""
     move.trail.begin(Step.RESTORE)
     await move.each(lambda device: _restore(move, device))
     move.mark("restored")
 
 
 async def _restore(move: Move, device: MovingDevice) -> None:
+    if not device.placed:
+        await _restore_view(move, device)
+
+
+async def _restore_view(move: Move, device: MovingDevice) -> None:
     assert device.view is not None
-    qmp = move.destination.qmp
-    if device.placed and await is_placed(qmp, device.id, device.view):
-        return
     async with move.destination.monitor:
-        await restore_view(qmp, device.destination, device.id, device.view)
+        await restore_view(move.destination.qmp, device.destination, device.id, device.view)
 
 
 async def start(move: Move) -> None:
@@ -123,14 +143,25 @@ async def start(move: Move) -> None:
 
 
 async def _resume(move: Move, device: MovingDevice) -> None:
-    """Both requests are on their way at once. QEMU has restored registers of the server that it is connected
+    """All requests are on their way at once. QEMU has restored registers of the server that it is connected
     to: if they are not those of the state that was loaded here, this is another one."""
     assert device.view is not None
     async with side_by_side() as nursery:
         nursery.start_soon(device.destination.call, "resume")
+        if device.placed:
+            nursery.start_soon(_check_place, move, device)
         alike = await has_bars(device.destination, device.view)
     if not alike:
         reason = (
             f"{device.id}: the destination's server has other BARs: is it another device's control socket?"
         )
         raise MoveError(reason, Where.DESTINATION)
+
+
+async def _check_place(move: Move, device: MovingDevice) -> None:
+    """What QEMU was told before it had the guest should stand; else it is told again."""
+    assert device.view is not None
+    if not await is_placed(move.destination.qmp, device.id, device.view):
+        await device.destination.call("stop")
+        await _restore_view(move, device)
+        await device.destination.call("resume")

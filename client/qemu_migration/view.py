@@ -84,6 +84,14 @@ class View:
         return {index: bits & self.configuration.fired.get(index, 0) for index, bits in masked.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """QEMU's answer to query-pci, and the port 0xcf8."""
+
+    devices: Any
+    address_register: int
+
+
 async def ask_chipset(qmp: Qmp) -> Chipset:
     """For `check`. QmpError, QmpLost."""
     machine = await qmp.execute("qom-get", path="/machine", property="type")
@@ -101,16 +109,28 @@ async def snapshot(qmp: Qmp, control: ControlClient, qdev_id: str) -> View:
     `control` is the source's server. CannotRestore with the reasons; QmpLost, ControlLost.
     """
     with _complaints():
+        answer = await control.call("configuration")
+    return await take_view(qmp, await ask_places(qmp), answer, qdev_id)
+
+
+async def ask_places(qmp: Qmp) -> Places:
+    """Once the CPUs are stopped, for all devices. CannotRestore, QmpLost."""
+    with _complaints():
         devices, register = await qmp.execute_all(
             [("query-pci", {}), _command(monitor.read_port_line(monitor.ADDRESS_PORT, 4))]
         )
-        configuration = parse_configuration(await control.call("configuration"))
+        return Places(devices, monitor.parse_port(register))
+
+
+async def take_view(qmp: Qmp, places: Places, answer: Mapping[str, Any], qdev_id: str) -> View:
+    """As `snapshot`, with what QEMU and the server (`configuration`) have told already."""
+    with _complaints():
+        configuration = parse_configuration(answer)
         if reasons := reasons_against(configuration):
             raise CannotRestore(*reasons)
-        function, regions = _find(devices, qdev_id)
-        view = View(function, configuration, regions, None, monitor.parse_port(register))
-        table = await _read_table(qmp, view)
-        return View(function, configuration, regions, table, view.address_register)
+        function, regions = _find(places.devices, qdev_id)
+        view = View(function, configuration, regions, None, places.address_register)
+        return replace(view, table=await _read_table(qmp, view))
 
 
 async def glance(qmp: Qmp, control: ControlClient, qdev_id: str) -> View:

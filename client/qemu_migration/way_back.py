@@ -148,6 +148,7 @@ async def end_destination(move: Move) -> None:
     """It has a copy of the guest, which has never run there, and starts by nobody's word but ours: a QEMU
     that does not end is no danger, and the source's guest does not wait for it."""
     assert not move.started
+    move.destination.ending = True
     with trio.move_on_after(END) as scope:
         with contextlib.suppress(QmpLost):
             await move.destination.qmp.execute("quit")
@@ -170,7 +171,7 @@ async def _stop_logs(move: Move) -> None:
 async def put_back_settings(move: Move) -> None:
     """Of both QEMUs; one that has ended has none."""
     for settings, side in zip(move.settings, (move.source, move.destination), strict=False):
-        if not side.lost():
+        if not side.lost() and not side.ending:
             ends = (QmpLost,) if side is move.destination else ()
             with contextlib.suppress(*ends):  # it may be about to end itself
                 await settings.put_back()

@@ -225,9 +225,9 @@ async def test_a_question_that_is_not_answered(scene: Scene, cancel: bool) -> No
             scene.migration.cancel()
         await trio.sleep_forever()
 
-    scene.limits = Limits(timeout=5 if cancel else 0.3)
+    scene.limits = Limits(timeout=60 if cancel else 1.5)
     scene.source.hooks["query-status"] = never
-    with pytest.raises(MoveError, match="cancelled" if cancel else r"not done within 0\.3 s"):
+    with pytest.raises(MoveError, match="cancelled" if cancel else r"not done within 1\.5 s"):
         await scene.move()
     assert scene.steps == [Step.CONNECT, Step.CHECK]
 
@@ -340,7 +340,7 @@ async def test_a_destination_that_falls_silent_when_all_was_sent(
     """As a QEMU that waits for a dead server: nobody can say what it has; the source has its guest back."""
     for module, name in ((whose, "ARRIVAL"), (way_back, "END"), (closing, "ANSWER")):
         monkeypatch.setattr(module, name, 0.1)
-    scene.limits = Limits(timeout=0.7, recovery=0.5)
+    scene.limits = Limits(timeout=2.5 if state_arrives else 60)
 
     async def deaf(_qemu: FakeQemu) -> None:
         await trio.sleep_forever()

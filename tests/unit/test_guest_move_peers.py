@@ -158,19 +158,34 @@ async def test_rubbish_on_the_way_back_keeps_no_row_from_running(peers: Peers, r
     assert "its guest runs; dev is in a state that cannot be told" in report.source
 
 
+async def stopped_with_pages(peers: Peers) -> Any:
+    """An answer to `stop`, after which the log has to be handed over."""
+    configuration = await peers.control.call("configuration")
+    log = {"pages": 5, "bytes": 5 << 12}
+    return {"running": False, "unanswered_dma": 0, "dirty_log": log, "configuration": configuration}
+
+
+@pytest.mark.parametrize("part", ["dirty_log", "configuration"])
+@pytest.mark.parametrize("rubbish", [{}, [], {"pages": "many"}], ids=str)
+async def test_half_an_answer_to_stop_leads_back(peers: Peers, part: str, rubbish: Any) -> None:
+    stopped = await stopped_with_pages(peers)
+    peers.at[Step.STOP] = lambda: peers.here.spoilt.update(stop=stopped | {part: rubbish})
+    report = await peers.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "source")
+    assert "the server's answer makes no sense" in str(report.failure)
+    assert peers.source.running
+
+
 @pytest.mark.parametrize(
     ("step", "method"),
-    [
-        (Step.PRECOPY, "state"),
-        (Step.STOP, "stop"),
-        (Step.HAND_OVER, "log-hand-over"),
-        (Step.HAND_OVER, "configuration"),
-    ],
+    [(Step.PRECOPY, "state"), (Step.STOP, "stop"), (Step.STOP, "log-hand-over")],
 )
 @pytest.mark.parametrize("rubbish", [{}, []], ids=str)
 async def test_rubbish_at_any_step_leads_back(peers: Peers, step: Step, method: str, rubbish: Any) -> None:
+    stopped = await stopped_with_pages(peers)
+
     def spoil() -> None:
-        peers.here.spoilt = {method: rubbish}
+        peers.here.spoilt = {"stop": stopped, method: rubbish}
 
     peers.at[step] = spoil
     report = await peers.move()
@@ -196,6 +211,8 @@ async def test_a_server_that_hangs_holds_the_guest_up_for_a_short_time_only(
     monkeypatch.setattr("vfio_user.client.qemu_migration.way_back.RESUME", 0.2)
     monkeypatch.setattr("vfio_user.client.qemu_migration.closing.ANSWER", 0.2)
     peers.limits = Limits(timeout=60, standstill=0.3, recovery=0.5)
+    stopped = await stopped_with_pages(peers)
+    peers.at[Step.STOP] = lambda: peers.here.spoilt.update(stop=stopped)
     peers.at[Step.HAND_OVER] = peers.here.hang
     began = trio.current_time()
     report = await peers.move()
