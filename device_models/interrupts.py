@@ -4,7 +4,7 @@
 from vfio_user.device_models import pci
 from vfio_user.device_models.device import Host, IrqIndex
 from vfio_user.device_models.regions import Buffer, Region
-from vfio_user.device_models.state import Apply, Fields, Reader, Section
+from vfio_user.device_models.state import LONGEST, Apply, Fields, Reader, Section
 
 TABLE_ENTRY = 16  # bytes: address, upper address, data, vector control (6.8.2)
 
@@ -143,7 +143,8 @@ class Interrupts:
 
     def section(self) -> Section:
         """Level, pending messages and the MSI-X table as a section of the state."""
-        return Section("interrupts", 1, self._save, self._load)
+        table = 0 if self._msix is None else self._msix.size
+        return Section("interrupts", 1, self._save, self._load, longest=LONGEST + 2 * table)
 
     def _save(self) -> Fields:
         return {

@@ -85,7 +85,12 @@ class RamRegion(Region):
 
     def section(self, name: str) -> Section:
         """The bytes; for memory of a few KiB. See `StreamedMemory` for more."""
-        return Section(name, 1, self.save, self.load)
+        return Section(name, 1, self.save, self.load, longest=self.longest)
+
+    @property
+    def longest(self) -> int:
+        """Bytes of `save` as JSON."""
+        return 2 * self.size + 64
 
     def save(self) -> Fields:
         """See `state.Section`."""

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from vfio_user.device_models.regions import Buffer, RamRegion, Region
-from vfio_user.device_models.state import Apply, Fields, Reader, Section, Upgrade
+from vfio_user.device_models.state import LONGEST, MOST_VALUES, Apply, Fields, Reader, Section, Upgrade
+
+_DIGITS = 24
+"""Of a value of 64 bits as JSON, with what is around it."""
 
 ReadHook = Callable[[int], int]
 """Gets the index in the array (0 for a single register), gives the value to read."""
@@ -182,7 +185,19 @@ class RegisterFile(Region):
 
     def section(self, name: str, version: int = 1, upgrades: Mapping[int, Upgrade] | None = None) -> Section:
         """The values of all registers as a section of the state, but of rows that are derived."""
-        return Section(name, version, self.save, self.load, upgrades or {})
+        rows = self._saved_arrays()
+        values = sum(len(cells) + 2 for _, cells in rows)
+        text = sum(len(row) for row, _ in rows) + values * _DIGITS
+        background = 0 if self.background is None else self.background.longest
+        return Section(
+            name,
+            version,
+            self.save,
+            self.load,
+            upgrades or {},
+            longest=LONGEST + text + background,
+            values=MOST_VALUES + values,
+        )
 
     def save(self) -> Fields:
         """The values by row name, of arrays as lists, and the background."""

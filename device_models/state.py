@@ -22,6 +22,8 @@ Apply = Callable[[], None]
 U8, U16, U32, U64 = 0xFF, 0xFFFF, 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
 LONGEST_TIME = 1 << 62
 """Nanoseconds: no time left, and no counter, is larger."""
+LONGEST, MOST_VALUES = 64 << 10, 1024
+"""Of a section that says nothing else: bytes of its fields as JSON, and how many values these have."""
 
 
 class StateError(Exception):
@@ -181,6 +183,10 @@ class Section:
     nothing and gives the function that applies them; of a field that is wrong it raises StateError. An
     older `version` goes through `upgrades`, by the version that each starts from; 0 is that of a stream
     without the section (its upgrade gets no fields).
+
+    `longest` and `values` bound what the fields of any version can be: bytes as JSON without spaces, and how
+    many values there are at most, with those within others, and names. What is restored is compared with
+    them before anything is made of it, or a megabyte of small lists would take forty of memory.
     """
 
     name: str
@@ -188,6 +194,8 @@ class Section:
     save: Callable[[], Fields]
     load: Callable[[Reader], Apply]
     upgrades: Mapping[int, Upgrade] = field(default_factory=dict)
+    longest: int = LONGEST
+    values: int = MOST_VALUES
 
     def prepare(self, version: int, fields: Fields) -> Apply:
         """Upgrade, check, and give the function that applies. StateError: nothing has changed."""

@@ -22,6 +22,9 @@ MOST = 3 * CAPACITY
 """Bytes beyond which a frame that is looped back is lost."""
 LONGEST_STANDARD, LONGEST = 1522, 16384  # bytes with FCS (3.2.1, and RCTL.LPE in 13.4.22)
 SHORTEST = 14 + FCS  # a frame without even a header is a fragment; shorter than 64 is not: nobody pads here
+MOST_FRAMES = MOST // SHORTEST + 1
+_LONGEST_SECTION = 2 * (MOST + LONGEST) + 5 * MOST_FRAMES + 512
+"""Bytes as JSON: hexadecimal frames with what is around each and its verdict, and the rest."""
 NEVER = 1 << 62
 _KEPT = {verdict | flow for verdict in (ACCEPTED, ACCEPTED | INEXACT) for flow in (0, FLOW_CONTROL)}
 
@@ -207,7 +210,8 @@ class PacketBuffer:
 
     def section(self) -> Section:
         """The frames that the wire has got rid of and the guest has not got."""
-        return Section("receive", 2, self._save, self._load, {1: _from_version_1})
+        upgrades = {1: _from_version_1}
+        return Section("receive", 2, self._save, self._load, upgrades, _LONGEST_SECTION, MOST_FRAMES + 64)
 
     def _save(self) -> Fields:
         return {
@@ -219,7 +223,7 @@ class PacketBuffer:
         }
 
     def _load(self, reader: Reader) -> Apply:
-        frames = reader.data_list("frames", MOST // SHORTEST + 1, LONGEST - FCS, SHORTEST - FCS)
+        frames = reader.data_list("frames", MOST_FRAMES, LONGEST - FCS, SHORTEST - FCS)
         total = sum(map(len, frames)) + FCS * len(frames)
         if total > MOST + LONGEST:
             reader.refuse("frames", f"{total} bytes are more than the packet buffer holds")

@@ -15,7 +15,16 @@ from vfio_user.device_models.e1000.statistics import FCS, Statistics
 from vfio_user.device_models.net import Offload, WireSize
 from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.registers import RegisterFile
-from vfio_user.device_models.state import U64, Apply, Fields, Reader, Section, counted
+from vfio_user.device_models.state import (
+    LONGEST,
+    MOST_VALUES,
+    U64,
+    Apply,
+    Fields,
+    Reader,
+    Section,
+    counted,
+)
 
 BATCH = 64  # descriptors
 BATCH_BYTES = 64 * 1024
@@ -74,7 +83,8 @@ class Transmitter:
 
     def section(self) -> Section:
         """What the registers do not hold: of a packet whose end has not come nothing is kept here either."""
-        return Section("transmit", 1, self._save, self._load)
+        longest, values = LONGEST + LONGEST_CHAIN * 24, MOST_VALUES + LONGEST_CHAIN
+        return Section("transmit", 1, self._save, self._load, longest=longest, values=values)
 
     def _save(self) -> Fields:
         return {

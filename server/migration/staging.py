@@ -2,9 +2,10 @@
 """Memory of a device on its way in: it takes room and work only where something was written."""
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from vfio_user.device_models.state_memory import PAGE
+from vfio_user.server.migration.stream import BLOCK, MEMORY, ZERO, Kind
 
 
 class StagedMemory:
@@ -19,6 +20,10 @@ class StagedMemory:
 
     def __len__(self) -> int:
         return len(self.view)
+
+    def has_block(self, offset: int, length: int) -> bool:
+        """Whether a record may speak of this part."""
+        return 1 <= length <= BLOCK and offset + length <= len(self)
 
     def take(self, offset: int, length: int) -> memoryview:
         """The place, in the memory and not empty, for bytes that come."""
@@ -44,3 +49,30 @@ class StagedMemory:
             behind = written.find(0, first)
             end = len(written) if behind < 0 else behind
             yield first * PAGE, min(end * PAGE, len(self)) - first * PAGE
+
+
+def _put_zeros(memory: StagedMemory, payload: memoryview) -> bool:
+    if len(payload) != ZERO.size:
+        return False
+    offset, length = ZERO.unpack(payload)
+    good = memory.has_block(offset, length)
+    if good:
+        memory.clear(offset, length)
+    return good
+
+
+def _put_bytes(memory: StagedMemory, payload: memoryview) -> bool:
+    (offset,) = MEMORY.unpack_from(payload)
+    data = payload[MEMORY.size :]
+    good = memory.has_block(offset, len(data))
+    if good:
+        memory.take(offset, len(data))[:] = data
+    return good
+
+
+OF_MEMORY: Mapping[int, Callable[[StagedMemory, memoryview], bool]] = {
+    int(Kind.ZERO): _put_zeros,
+    int(Kind.MEMORY): _put_bytes,
+}
+"""By the kind of a record: do what its payload, of 8 bytes at least, says. False: it is not as it should
+be."""

@@ -20,7 +20,7 @@ from enum import IntEnum
 from typing import Final, NoReturn
 
 from vfio_user.device_models.device import Device
-from vfio_user.device_models.state import Fields, StateError, Value
+from vfio_user.device_models.state import LONGEST, MOST_VALUES, Fields, Section, StateError, Value
 
 MAGIC: Final = b"vfiouser"
 FORMAT_VERSION: Final = 1
@@ -32,7 +32,9 @@ ZERO: Final = struct.Struct("<QQ")
 END: Final = struct.Struct("<Q16s")
 
 MAX_SECTION: Final = 1 << 20
-"""Bytes of JSON in one section."""
+"""Bytes of JSON in one section, whatever it says."""
+MAX_DIGITS: Final = 64
+"""Of one number: reading a long one costs the square of its length."""
 BLOCK: Final = 1 << 20
 """Most bytes of a memory in one record."""
 
@@ -47,12 +49,39 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What the fields of a section may take: see `state.Section`."""
+
+    longest: int = LONGEST
+    values: int = MOST_VALUES
+
+    @classmethod
+    def of(cls, section: Section) -> "Limits":
+        return cls(min(section.longest, MAX_SECTION), section.values)
+
+    def check(self, section: str, length: int) -> None:
+        """StateError: so many bytes are too long, whatever they are."""
+        if length > self.longest:
+            raise StateError(section, "", f"{length} bytes, where at most {self.longest} may be")
+
+    def check_values(self, section: str, payload: bytes | bytearray) -> None:
+        """Before anything is parsed. Each value and each name comes after one of these; in a text they count
+        too, which a model that has such texts allows for."""
+        values = len(payload) - len(payload.translate(None, b"[{,:"))
+        if values > self.values:
+            raise StateError(section, "", f"{values} values, where at most {self.values} may be")
+
+
+USUAL: Final = Limits()
+
+
+@dataclass(frozen=True, slots=True)
 class Shape:
     """What a stream has to fit: the device's model and version, its sections, its memories with sizes."""
 
     model: str
     version: int
-    sections: frozenset[str]
+    sections: Mapping[str, Limits]
     memories: Mapping[str, int]
 
     @classmethod
@@ -60,30 +89,34 @@ class Shape:
         return cls(
             device.model,
             device.state_version,
-            frozenset(section.name for section in device.sections()),
+            {section.name: Limits.of(section) for section in device.sections()},
             {name: memory.size for name, memory in device.memories().items()},
         )
 
 
-def encode_fields(section: str, fields: Fields) -> bytes:
+def encode_fields(section: str, fields: Fields, limits: Limits = USUAL) -> bytes:
     """The payload of a section. ValueError when it would not be read again: the model is broken."""
     payload = _shortest(fields)
-    if len(payload) > MAX_SECTION:
-        raise ValueError(f"section {section} has {len(payload)} bytes, at most {MAX_SECTION} are allowed")
     try:
-        decode_fields(section, payload)
+        limits.check(section, len(payload))
+        decode_fields(section, payload, limits)
     except StateError as error:
         raise ValueError(f"section {section} cannot be restored: {error.reason}") from None
     return payload
 
 
-def decode_fields(section: str, payload: bytes | bytearray) -> Fields:
-    """The fields of a section. StateError for everything that `encode_fields` would not write: a state has
-    one form, so that nobody reads another one out of it."""
+def decode_fields(section: str, payload: bytes | bytearray, limits: Limits = USUAL) -> Fields:
+    """The fields of a section, whose length has been checked. StateError for everything that `encode_fields`
+    would not write: a state has one form, so that nobody reads another one out of it.
+
+    It takes at most 5 times the bytes of the payload, and 160 for each value that may be there.
+    """
+    limits.check_values(section, payload)
     try:
         value = json.loads(
             payload.decode("ascii"),
             object_pairs_hook=_unique,
+            parse_int=_whole,
             parse_float=_no_number,
             parse_constant=_no_number,
         )
@@ -113,6 +146,12 @@ def _unique(pairs: Iterable[tuple[str, Value]]) -> Fields:
             raise ValueError(f"{name[:40]!r} is there twice")
         fields[name] = value
     return fields
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(text)} digits")
+    return int(text)
 
 
 def _no_number(text: str) -> NoReturn:

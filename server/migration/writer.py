@@ -8,7 +8,6 @@ import xxhash
 
 from vfio_user.device_models.device import Device
 from vfio_user.device_models.regions import Buffer
-from vfio_user.device_models.state import save_sections
 from vfio_user.device_models.state_memory import StateMemory
 from vfio_user.server.migration.stream import (
     BLOCK,
@@ -20,6 +19,7 @@ from vfio_user.server.migration.stream import (
     RECORD,
     ZERO,
     Kind,
+    Limits,
     encode_fields,
 )
 
@@ -74,8 +74,10 @@ class StreamWriter:
 
     def _sections(self) -> list[tuple[str, int, bytes]]:
         """Name, version and payload of each."""
-        saved = save_sections(self._device.sections())
-        return [(name, version, encode_fields(name, fields)) for name, (version, fields) in saved.items()]
+        return [
+            (section.name, section.version, encode_fields(section.name, section.save(), Limits.of(section)))
+            for section in self._device.sections()
+        ]
 
     @property
     def pending(self) -> int:
