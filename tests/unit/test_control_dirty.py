@@ -44,7 +44,9 @@ async def test_the_log_is_reported_and_handed_over(tmp_path: Path) -> None:
         }
         with refused("the device runs"):
             await controller.call("log-hand-over")
-        await controller.call("stop")
+        stopped = await controller.call("stop", describe=True)
+        assert stopped["dirty_log"] == figures
+        assert stopped["configuration"] == await controller.call("configuration")
         before = vmm.ram.read(0, 1 << 20)
         result = await controller.call("log-hand-over")
         assert (result["pages"], result["bytes"]) == (4, 4)
