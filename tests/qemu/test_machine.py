@@ -53,38 +53,69 @@ async def test_the_drivers_self_test_runs_on_an_unshared_line(
         assert "testing unshared interrupt" in await guest.kernel_log()
 
 
-async def test_commands_side_by_side_and_awkward_ones(guest_machine: GuestMachine) -> None:
+async def test_what_can_be_asked_of_a_guest(guest_machine: GuestMachine) -> None:
+    """One guest for all of it; the last command is at work when QEMU is killed."""
     async with guest_machine(MachineOptions(files={"etc/motto": b"own\n"})) as guest:
-        assert await guest.run("cat /etc/motto; exit 3") == (3, "own\n")
-        awkward = "it's \\ \t $HOME `x` é\n%s" + "y" * 8000
-        assert await guest.check(f"cat <<'END'\n{awkward}\nEND") == awkward + "\n"
-        answers: dict[int, str] = {}
-
-        async def ask(number: int) -> None:
-            answers[number] = await guest.check(f"sleep 0.{number % 3}; seq {number} 400")
-
-        async with trio.open_nursery() as nursery:
-            for number in range(12):
-                nursery.start_soon(ask, number)
-        wanted = {n: "".join(f"{k}\n" for k in range(n, 401)) for n in range(12)}
-        assert answers == wanted
+        await awkward_commands(guest)
+        await commands_side_by_side(guest)
+        await binary_output_arrives_unchanged(guest)
+        await a_command_out_of_time_leaves_the_shell_usable(guest)
+        await qmp_answers(guest)
+        await kill_ends_qemu_itself_and_fails_what_was_running(guest)
+    assert not _command_of(guest.pid)
+    assert not os.path.lexists(guest.folder)  # noqa: ASYNC240
 
 
-async def test_binary_output_arrives_unchanged(guest_machine: GuestMachine) -> None:
-    async with guest_machine(MachineOptions()) as guest:
-        data = await guest.read_file("/usr/sbin/ethtool")
-        assert (await guest.check("sha256sum /usr/sbin/ethtool")).split()[0] == hashlib.sha256(
-            data
-        ).hexdigest()
+async def awkward_commands(guest: Machine) -> None:
+    assert await guest.run("cat /etc/motto; exit 3") == (3, "own\n")
+    awkward = "it's \\ \t $HOME `x` é\n%s" + "y" * 8000
+    assert await guest.check(f"cat <<'END'\n{awkward}\nEND") == awkward + "\n"
 
 
-async def test_a_command_out_of_time_leaves_the_shell_usable(guest_machine: GuestMachine) -> None:
-    async with guest_machine(MachineOptions()) as guest:
-        with pytest.raises(CommandError, match=r"killed after 1 s: sleep 100"):
-            await guest.run("sleep 100", timeout=1)
-        with pytest.raises(CommandError, match="status 1"):
-            await guest.check("false")
-        assert await guest.check("echo on") == "on\n"
+async def commands_side_by_side(guest: Machine) -> None:
+    answers: dict[int, str] = {}
+
+    async def ask(number: int) -> None:
+        answers[number] = await guest.check(f"sleep 0.{number % 3}; seq {number} 400")
+
+    async with trio.open_nursery() as nursery:
+        for number in range(12):
+            nursery.start_soon(ask, number)
+    wanted = {n: "".join(f"{k}\n" for k in range(n, 401)) for n in range(12)}
+    assert answers == wanted
+
+
+async def binary_output_arrives_unchanged(guest: Machine) -> None:
+    data = await guest.read_file("/usr/sbin/ethtool")
+    assert (await guest.check("sha256sum /usr/sbin/ethtool")).split()[0] == hashlib.sha256(data).hexdigest()
+
+
+async def a_command_out_of_time_leaves_the_shell_usable(guest: Machine) -> None:
+    with pytest.raises(CommandError, match=r"killed after 1 s: sleep 100"):
+        await guest.run("sleep 100", timeout=1)
+    with pytest.raises(CommandError, match="status 1"):
+        await guest.check("false")
+    assert await guest.check("echo on") == "on\n"
+
+
+async def qmp_answers(guest: Machine) -> None:
+    async with await trio.open_unix_socket(guest.qmp_path) as qmp:
+        greeting = json.loads(await qmp.receive_some(65536))
+    assert greeting["QMP"]["version"]["qemu"]["major"] >= 10
+
+
+async def kill_ends_qemu_itself_and_fails_what_was_running(guest: Machine) -> None:
+    assert "qemu-system-x86_64" in _command_of(guest.pid)
+
+    async def outlived() -> None:
+        with pytest.raises(MachineError, match="QEMU ended during the command"):
+            await guest.run("sleep 100")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outlived)
+        await trio.sleep(0.1)
+        await guest.kill()
+    assert await guest.wait_end() == -signal.SIGKILL
 
 
 async def test_reboot_power_off_and_what_comes_after(guest_machine: GuestMachine) -> None:
@@ -95,29 +126,6 @@ async def test_reboot_power_off_and_what_comes_after(guest_machine: GuestMachine
         assert await guest.power_off() == 0
         with pytest.raises(MachineError, match="QEMU has ended"):
             await guest.run("true")
-
-
-async def test_kill_ends_qemu_itself_and_fails_what_was_running(guest_machine: GuestMachine) -> None:
-    async with guest_machine(MachineOptions()) as guest:
-        assert "qemu-system-x86_64" in _command_of(guest.pid)
-
-        async def outlived() -> None:
-            with pytest.raises(MachineError, match="QEMU ended during the command"):
-                await guest.run("sleep 100")
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(outlived)
-            await trio.sleep(0.1)
-            await guest.kill()
-        assert await guest.wait_end() == -signal.SIGKILL
-    assert not _command_of(guest.pid)
-    assert not os.path.lexists(guest.folder)  # noqa: ASYNC240
-
-
-async def test_qmp_answers(guest_machine: GuestMachine) -> None:
-    async with guest_machine(MachineOptions()) as guest, await trio.open_unix_socket(guest.qmp_path) as qmp:
-        greeting = json.loads(await qmp.receive_some(65536))
-        assert greeting["QMP"]["version"]["qemu"]["major"] >= 10
 
 
 @pytest.mark.root
