@@ -8,12 +8,14 @@ BIN := $(VENV)/bin
 QEMU_JOBS ?= $(shell nproc)
 JOBS ?= $(shell expr $(QEMU_JOBS) + 1)
 PYTEST := $(BIN)/python -m pytest --dist worksteal
+# Without root, and without what the lab is for
+ANYWHERE := tests/unit tests/conformance tests/migration
 # Without bytecode kept, each of many processes compiles what it imports, and pytest rewrites Hypothesis each time.
 export PYTHONDONTWRITEBYTECODE :=
 # make test: reduced counts; make soak: the full ones
 export VFIO_USER_SOAK ?=
 
-.PHONY: help demo test lint unit tests coverage qemu soak bench lab clean
+.PHONY: help demo test lint unit tests no-guest coverage qemu soak bench lab clean
 
 help:
 	@echo "make demo   see it work: an e1000 driven and moved under load, and a guest where QEMU is found"
@@ -59,23 +61,28 @@ unit: lint tests
 
 tests: $(VENV)/.test
 	@echo "== unit, conformance and migration tests"
-	@$(PYTEST) -n $(JOBS) tests/unit tests/conformance tests/migration
+	@$(PYTEST) -n $(JOBS) $(ANYWHERE)
 
 coverage: $(VENV)/.test
-	@$(BIN)/coverage run -m pytest tests/unit tests/conformance tests/migration
+	@$(BIN)/coverage run -m pytest $(ANYWHERE)
 	@$(BIN)/coverage report --skip-covered | tail -n 40
 
 lab: $(VENV)/.runtime
 	@$(BIN)/vfio-user lab
 
+# Those of the lab that boot no guest mostly wait for alarms; they come first, so that others run meanwhile.
+no-guest: $(VENV)/.test
+	@echo "== unit, conformance and migration tests, and libvfio-user's own programs"
+	@$(PYTEST) -n $(JOBS) -m "not qemu" tests/qemu $(ANYWHERE)
+
 qemu: $(VENV)/.test
 	@echo "== QEMU with a real guest"
-	@$(PYTEST) -n $(QEMU_JOBS) tests/qemu
+	@$(PYTEST) -n $(QEMU_JOBS) -m qemu tests/qemu
 
 test: lint
 	@echo "== the lab: QEMU, guest, libvfio-user (cached; the first time takes a few minutes)"
 	@$(BIN)/vfio-user lab || { [ "$(CI)" != true ] || exit 1; echo "No lab: what needs it is skipped below."; }
-	@$(MAKE) --no-print-directory tests qemu
+	@$(MAKE) --no-print-directory no-guest qemu
 
 soak: $(VENV)/.test
 	@$(BIN)/vfio-user lab
