@@ -23,7 +23,16 @@ from vfio_user.server.migration.stream import (
     encode_fields,
 )
 
-_ZEROS = bytes(BLOCK)
+_LOOK = 4 << 20
+"""Bytes that one `take` looks at for zeros. What else it gives is sent as it is: so the loop is not held for
+longer, and "fewer than asked for" means what it always does. Somebody may have filled a GiB with zeros, or
+every second page of it."""
+_LOOK_FOR_ONE = 32 << 10
+"""A record costs about as much as to look at so many."""
+_JOIN = 16 << 10
+"""Bytes up to which a piece is put together with others: it is counted in the digest, and sent, with them."""
+_PIECE = 64 << 10
+_ZEROS = bytes(_PIECE)
 _DIGEST = 16  # bytes
 _END_SIZE = RECORD.size + END.size
 
@@ -41,7 +50,12 @@ class StreamWriter:
         self._settle = settle
         self._memories: Mapping[str, StateMemory] = device.memories()
         self._queue: deque[memoryview] = deque()
+        self._tail = bytearray()
+        """What follows the queue, and is not counted in the digest yet."""
         self._queued = 0
+        """Bytes in both."""
+        self._looks = 0
+        """Bytes that may still be looked at for zeros."""
         self._hash = xxhash.xxh3_128()
         self._records = 0
         self._finishing = self._ended = False
@@ -91,8 +105,10 @@ class StreamWriter:
         Once the session is finishing they may be views of the device's memory: they are to be sent before
         the device can go on.
         """
+        self._looks = _LOOK
         while self._queued < size and self._produce():
             pass
+        self._seal()
         taken: list[Buffer] = []
         while size and self._queue:
             first = self._queue.popleft()
@@ -106,8 +122,10 @@ class StreamWriter:
 
     def take_record(self) -> bytes:
         """What is queued, else the next record: a copy, so that the device may go on. Empty: as `take`."""
-        if not self._queue:
+        self._looks = _LOOK
+        if not self._queued:
             self._produce()
+        self._seal()
         taken = b"".join(self._queue)
         self._queue.clear()
         self._queued = 0
@@ -134,18 +152,26 @@ class StreamWriter:
 
     def _block(self, name: str, view: memoryview, offset: int, length: int) -> None:
         part = view[offset : offset + length]
-        if _is_zero(part):
+        if self._looks > 0 and self._is_zero(part):
             self._record(Kind.ZERO, name, ZERO.pack(offset, length))
         else:
-            # While the device runs it would write into what has been counted in the digest.
-            data = part if self._finishing else bytes(part)
-            self._record(Kind.MEMORY, name, MEMORY.pack(offset), data)
+            self._record(Kind.MEMORY, name, MEMORY.pack(offset), part)
+
+    def _is_zero(self, part: memoryview) -> bool:
+        """Three bytes tell of nearly every block that it is not; only the others are looked at whole."""
+        length = len(part)
+        if part[0] or part[length // 2] or part[-1]:
+            return False
+        self._looks -= length + _LOOK_FOR_ONE
+        pieces = (part[place : place + _PIECE] for place in range(0, length, _PIECE))
+        return all(_ZEROS.startswith(bytes(piece)) for piece in pieces)
 
     def _end(self) -> None:
         for name, version, payload in self._sections():
             self._record(Kind.SECTION, name, payload, version=version)
         head = RECORD.pack(Kind.END, 0, 0, END.size) + END.pack(self._records, bytes(_DIGEST))[:-_DIGEST]
         self._emit(head)
+        self._seal()
         self._emit(self._hash.digest())
         self._ended = True
 
@@ -157,12 +183,20 @@ class StreamWriter:
         self._records += 1
 
     def _emit(self, data: Buffer) -> None:
-        self._hash.update(data)
-        self._queue.append(memoryview(data))
+        if len(data) <= _JOIN:
+            self._tail += data
+        else:
+            self._seal()
+            # While the device runs it would write into what has been counted in the digest.
+            self._append(data if self._finishing else bytes(data))
         self._queued += len(data)
 
+    def _seal(self) -> None:
+        """Nothing more is put together with the tail."""
+        if self._tail:
+            self._append(self._tail)
+            self._tail = bytearray()
 
-def _is_zero(part: memoryview) -> bool:
-    """Three bytes tell of nearly every block that it is not; only the others are looked at whole."""
-    middle = len(part) // 2
-    return not (part[0] or part[middle] or part[-1]) and _ZEROS.startswith(bytes(part))
+    def _append(self, data: Buffer) -> None:
+        self._hash.update(data)
+        self._queue.append(memoryview(data))

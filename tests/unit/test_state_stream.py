@@ -239,6 +239,36 @@ def test_pre_copy_gives_copies_that_the_device_does_not_change_any_more() -> Non
     assert bytes(restore(before + rest, make()).memories["bar2"][:4096]) == b"\2" * 4096
 
 
+WIDE = 16 << 20
+
+
+@pytest.mark.parametrize("finishing", [False, True], ids=["running", "stopped"])
+@pytest.mark.parametrize("every", [1, 2], ids=["all of it", "every second page"])
+def test_zeros_are_not_looked_through_in_one_go(every: int, finishing: bool) -> None:
+    """Whoever fills a large memory with zeros holds up the loop for no longer than others: a read gives up
+    looking, and sends what is left of it as it is. It is short only where there is nothing more."""
+    device = make(WIDE)
+    for page in range(0, WIDE, 4096 * every):
+        device.regions[2].write(page, bytes(4096))
+    writer = StreamWriter(device)
+    if finishing:
+        writer.finish()
+    pending, pieces = device.memories()["bar2"].pending, []
+    while len(data := b"".join(map(bytes, writer.take(BLOCK)))) == BLOCK:
+        pieces.append(data)
+        looked_at = pending - device.memories()["bar2"].pending
+        assert looked_at <= (7 << 20 if every == 1 else 5 << 20)
+        pending -= looked_at
+        assert writer.pending
+    assert not writer.pending
+    assert len(pieces) > 2
+    writer.finish()
+    rest = b"".join(map(bytes, writer.take(1 << 40)))
+    writer.close()
+    staged = restore(b"".join(pieces) + data + rest, make(WIDE))
+    assert bytes(staged.memories["bar2"]) == bytes(WIDE)
+
+
 def test_a_page_that_changes_in_the_middle_of_a_record_is_sent_again() -> None:
     device = make()
     device.regions[2].write(0, b"\1" * 8192)
