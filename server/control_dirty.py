@@ -106,7 +106,13 @@ class DirtyControl:
         counts = [(count_pages(log), log.page_size) for _, log in logs]
         pages, size = sum(count for count, _ in counts), sum(count * page for count, page in counts)
         owner = "controller" if tracking.claim is self else "client" if tracking.active else None
-        return {"owner": owner, "page_size": tracking.page_size, "pages": pages, "bytes": size}
+        return {
+            "owner": owner,
+            "page_size": tracking.page_size,
+            "pages": pages,
+            "bytes": size,
+            "lost": tracking.lost,
+        }
 
     # Start, stop, report
 

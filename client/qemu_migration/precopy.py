@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The part of a move in which the guest runs: from the first question to QEMU's stop of the CPUs."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import trio
 
+from vfio_user.client.qemu_migration.answers import MOST_PAGES, pick, truth, whole
 from vfio_user.client.qemu_migration.facts import DeviceFacts, Facts, ask_qemu
 from vfio_user.client.qemu_migration.move import Move, MovingDevice, within
 from vfio_user.client.qemu_migration.placing import place_early
@@ -18,6 +22,7 @@ from vfio_user.client.qemu_migration.writes import LOOK_SECONDS, LOOKS, choose, 
 LOOK_AGAIN = 0.2
 """Seconds between two looks at a migration that is under way."""
 SWITCHED = "pre-switchover"
+_MESSAGES = "dma_message_writes"
 
 
 async def check(move: Move) -> None:
@@ -100,12 +105,18 @@ async def _write_through(device: MovingDevice) -> None:
 async def _look(move: Move, device: MovingDevice) -> None:
     """What the source's server says of its log and its writes."""
     state = await device.source.call("state")
-    if not state["client"]["attached"]:
+    if not truth(state, "client", "attached"):
         raise MoveError(f"{device.id}: QEMU has left the source's server", Where.SOURCE)
-    device.growth.add(move.trail.seconds, int(state["dirty_log"]["pages"]))
-    device.pages_by_message = int(state["counters"].get("dma_message_writes", 0)) - device.messages
+    device.growth.add(move.trail.seconds, whole(state, "dirty_log", "pages", most=MOST_PAGES))
+    device.pages_by_message = _messages(state) - device.messages
     if state["transfer"] is not None:
-        device.carrier.bytes = int(state["transfer"]["bytes"])
+        device.carrier.bytes = whole(state, "transfer", "bytes")
+
+
+def _messages(state: Mapping[str, Any]) -> int:
+    """DMA writes by message; a server that has made none may not count them."""
+    counters = pick(state, "counters")
+    return whole(counters, _MESSAGES) if _MESSAGES in counters else 0
 
 
 async def _set(move: Move) -> None:
@@ -140,7 +151,7 @@ async def _forget(device: MovingDevice) -> None:
     """QEMU's first pass reads every page after this: what was written before needs no log."""
     await device.source.call("log-report", clear=True)
     state = await device.source.call("state")
-    device.messages = int(state["counters"].get("dma_message_writes", 0))
+    device.messages = _messages(state)
 
 
 async def _watch(move: Move) -> None:

@@ -3,9 +3,8 @@
 side does, and nothing is waited for by looking again and again."""
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
+from vfio_user.client.qemu_migration.answers import MOST_PAGES, pick, truth, whole
 from vfio_user.client.qemu_migration.intx import lower_intx
 from vfio_user.client.qemu_migration.move import Move, MovingDevice, within
 from vfio_user.client.qemu_migration.placing import place_now
@@ -37,16 +36,12 @@ async def _stop(device: MovingDevice, seconds: float) -> None:
     with device.timed("stop"):
         call = device.source.call("stop", wait=WAIT_MS, describe=True)
         device.stopped = result = await within(seconds, call, complaint, Where.SOURCE)
-    if result["running"] or result["unanswered_dma"]:
-        raise MoveError(f"{device.id} does not stop: {_why(result)}", Where.SOURCE)
-
-
-def _why(result: Mapping[str, Any]) -> str:
-    return (
-        f"{result['unanswered_dma']} accesses to guest memory have no reply"
-        if not result["running"]
-        else "it runs"
-    )
+    if truth(result, "running"):
+        raise MoveError(f"{device.id} does not stop: it runs", Where.SOURCE)
+    if owed := whole(result, "unanswered_dma"):
+        raise MoveError(
+            f"{device.id} does not stop: {owed} accesses to guest memory have no reply", Where.SOURCE
+        )
 
 
 async def hand_over(move: Move, places: Places) -> None:
@@ -65,11 +60,29 @@ async def _hand_over(move: Move, places: Places, device: MovingDevice) -> None:
 
 
 async def _hand_over_log(device: MovingDevice) -> None:
-    if int(device.stopped["dirty_log"]["pages"]) == 0:
+    dirty = _dirty_pages(device)
+    if dirty == 0:
         return
     with device.timed("log"):
         result = await device.source.call("log-hand-over")
-    device.pages_handed_over = int(result["pages"])
+    device.pages_handed_over = whole(result, "pages", most=MOST_PAGES)
+    if device.pages_handed_over < dirty:
+        raise MoveError(
+            f"{device.id}: {device.pages_handed_over} of {dirty} dirty pages were handed over", Where.SOURCE
+        )
+
+
+def _dirty_pages(device: MovingDevice) -> int:
+    """In the log at the stop. MoveError when it is not the log that was started for this move any more: then
+    none in it does not mean that none is dirty."""
+    log = pick(device.stopped, "dirty_log")
+    if pick(log, "owner") != "controller":
+        raise MoveError(f"{device.id}: somebody has ended the dirty log", Where.SOURCE)
+    if truth(log, "lost"):
+        raise MoveError(
+            f"{device.id}: its dirty log was lost with memory that the guest has removed", Where.SOURCE
+        )
+    return whole(log, "pages", most=MOST_PAGES)
 
 
 async def _lower(move: Move, device: MovingDevice) -> None:

@@ -34,7 +34,13 @@ async def test_the_log_is_reported_and_handed_over(tmp_path: Path) -> None:
         await copy(vmm, 0, 0x10800, 0x2000)
         await copy(vmm, 0, 0x40000, 10)
         figures = (await controller.call("state"))["dirty_log"]
-        assert figures == {"owner": "controller", "page_size": 4096, "pages": 4, "bytes": 0x4000}
+        assert figures == {
+            "owner": "controller",
+            "page_size": 4096,
+            "pages": 4,
+            "bytes": 0x4000,
+            "lost": False,
+        }
         report = await controller.call("log-report")
         assert report == {
             "pages": 4,

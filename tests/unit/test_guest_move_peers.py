@@ -161,7 +161,7 @@ async def test_rubbish_on_the_way_back_keeps_no_row_from_running(peers: Peers, r
 async def stopped_with_pages(peers: Peers) -> Any:
     """An answer to `stop`, after which the log has to be handed over."""
     configuration = await peers.control.call("configuration")
-    log = {"pages": 5, "bytes": 5 << 12}
+    log = {"owner": "controller", "pages": 5, "bytes": 5 << 12, "lost": False}
     return {"running": False, "unanswered_dma": 0, "dirty_log": log, "configuration": configuration}
 
 
@@ -173,6 +173,41 @@ async def test_half_an_answer_to_stop_leads_back(peers: Peers, part: str, rubbis
     report = await peers.move()
     assert (report.outcome, report.guest) == (Outcome.FAILED, "source")
     assert "the server's answer makes no sense" in str(report.failure)
+    assert peers.source.running
+
+
+@pytest.mark.parametrize("pages", ["5", -1, True, None, 1 << 60, 5.0], ids=str)
+async def test_pages_that_cannot_be_lead_back(peers: Peers, pages: Any) -> None:
+    """How many were handed over, as the server says."""
+    stopped = await stopped_with_pages(peers)
+    peers.at[Step.STOP] = lambda: peers.here.spoilt.update(
+        {"stop": stopped, "log-hand-over": {"pages": pages}}
+    )
+    report = await peers.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "source")
+    assert f"pages is {pages!r}, and should be a number" in str(report.failure)
+    assert peers.source.running
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"running": None}, "running is None, and should be true or false"),
+        ({"running": True}, "dev does not stop: it runs"),
+        ({"unanswered_dma": "0"}, "unanswered_dma is '0', and should be a number"),
+        ({"unanswered_dma": 3}, "3 accesses to guest memory have no reply"),
+        ({"dirty_log": {"owner": None, "pages": 0, "lost": False}}, "somebody has ended the dirty log"),
+        ({"dirty_log": {"owner": "controller", "pages": 0, "lost": True}}, "its dirty log was lost"),
+        ({}, "0 of 5 dirty pages were handed over"),
+    ],
+    ids=str,
+)
+async def test_a_stop_that_is_none_leads_back(peers: Peers, changes: dict[str, Any], words: str) -> None:
+    stopped = await stopped_with_pages(peers)
+    peers.at[Step.STOP] = lambda: peers.here.spoilt.update(stop=stopped | changes)
+    report = await peers.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "source")
+    assert words in str(report.failure)
     assert peers.source.running
 
 
