@@ -14,6 +14,7 @@ from conformance.holdings import expect_holdings, holdings
 from conformance.limits import require_library
 from conformance.nursery import Child, Order, Zygote
 from conformance.raw import connect
+from conformance.sizes import Size
 from vfio_user.cli.engines import ENGINES
 from vfio_user.client.memory import GuestRam
 from vfio_user.device_models.scratch import Scratch
@@ -21,7 +22,6 @@ from vfio_user.server.engines.engine import Settings
 
 PAGE = 4096
 CLIENTS, MAPS = 1000, 10_000
-NOISE = 384  # KiB: the allocator's, and log lines
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -35,26 +35,6 @@ def server(request: pytest.FixtureRequest, zygote: Zygote, tmp_path: Path) -> It
     order = Order(request.param, Scratch, path, tmp_path / "log", (), Settings(spin_us=0), life=280)
     with closing(zygote.fork(order)) as child:
         yield path, child
-
-
-class Size:
-    """What a process holds, and how its memory has grown since."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.held = holdings(pid)
-        self.mappings, self.memory = self._now()
-
-    def _now(self) -> tuple[int, int]:
-        mappings = len(Path(f"/proc/{self.pid}/maps").read_text().splitlines())
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return mappings, int(status.partition("RssAnon:")[2].split()[0])
-
-    async def expect_unchanged(self) -> None:
-        await expect_holdings(self.pid, self.held)
-        mappings, memory = self._now()
-        assert mappings <= self.mappings + 4
-        assert memory <= self.memory + NOISE, f"grown from {self.memory} to {memory} KiB"
 
 
 async def visit(path: Path, fd: int, event: int) -> None:
