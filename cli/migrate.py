@@ -21,6 +21,7 @@ from vfio_user.client.background import background
 from vfio_user.client.qemu_migration.migrate import GuestMigration
 from vfio_user.client.qemu_migration.report import MoveError, Outcome, Progress, Report, Step
 from vfio_user.client.qemu_migration.request import (
+    MOST_DOWNTIME,
     Limits,
     Request,
     RequestError,
@@ -46,9 +47,11 @@ DEFAULTS = Limits()
 )
 @click.option(
     "--downtime-limit",
-    type=click.IntRange(1, 2_000_000),
+    type=click.IntRange(1, MOST_DOWNTIME),
     metavar="MILLISECONDS",
-    help="QEMU stops the guest once what is left fits into this (default: as QEMU is set).",
+    help="QEMU stops the guest once it thinks that it can send the rest in this time. Default: as QEMU is "
+    "set (300 if nobody has set it), which most guests bear. For calls or games 30 to 100. More for a guest "
+    "that writes more than the network takes: it never gets there, and is given back at --timeout.",
 )
 @click.option(
     "--timeout",
@@ -104,6 +107,8 @@ def command(
 
 def _check_files(report: Path | None, plot: Path | None) -> None:
     """RequestError, PlotError: what is to be written at the end could not be."""
+    if report is not None and plot is not None and os.path.realpath(report) == os.path.realpath(plot):
+        raise RequestError(f"--report and --plot are the same file, {plot}: give two")
     if plot is not None:
         check_plot(plot)
     if report is not None:

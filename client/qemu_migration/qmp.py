@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import socket
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from vfio_user.transport.connector import AGAIN, new_socket, try_connect
 # What the library says in its log is in our errors as well: without a handler it would go to standard error.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
+_LONGEST_PATH = 107
+"""Bytes of a UNIX socket's path (unix(7))."""
 MAX_ANSWER = 16 << 20
 """Longest line that is taken from QEMU, in bytes."""
 
@@ -244,10 +247,15 @@ def _parse_event(message: Mapping[str, Any]) -> Event:
 
 
 def parse_address(address: str) -> str | tuple[str, int]:
-    """A UNIX socket's path, or host and port from HOST:PORT, [V6]:PORT. What has a slash is a path."""
+    """A UNIX socket's path, or host and port from HOST:PORT, [V6]:PORT. What has a slash is a path.
+    ValueError, in one line, for what is neither."""
     host, colon, port = address.rpartition(":")
     if "/" in address or not colon or not port.isdecimal():
+        if not address or len(os.fsencode(address)) > _LONGEST_PATH:
+            raise ValueError(f"the QMP address {address!r} is no path of a socket, and no HOST:PORT")
         return address
+    if not host or not 1 <= int(port) <= 0xFFFF:
+        raise ValueError(f"the QMP address {address!r} needs a host, and a port from 1 to 65535")
     return host.strip("[]"), int(port)
 
 
@@ -268,7 +276,7 @@ async def _connect(qmp: Qmp, timeout: float) -> None:
     with trio.move_on_after(timeout) as scope:
         try:
             await qmp._thread.run(qmp._session.connect(parse_address(qmp.address)))
-        except (ConnectError, OSError) as error:
+        except (ConnectError, OSError, ValueError) as error:
             raise QmpLost(f"{qmp.address} cannot be connected to: {_cause(error)}") from error
     if scope.cancelled_caught:
         raise QmpLost(f"{qmp.address}: no greeting within {timeout:g} s; does it serve another client?")

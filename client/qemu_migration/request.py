@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What is to be moved: two QEMUs, the devices between them, the way of QEMU's own stream, and the limits."""
 
+import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from vfio_user.client.qemu_migration.qmp import parse_address
 from vfio_user.protocol.errors import VfioUserError
+
+MOST_DOWNTIME = 2_000_000
+"""Milliseconds that QEMU takes for its `downtime-limit`."""
 
 
 class RequestError(VfioUserError):
@@ -46,6 +52,13 @@ class Limits:
     standstill: float = 5.0
     recovery: float = 30.0
 
+    def __post_init__(self) -> None:
+        for name in ("timeout", "stop", "standstill", "recovery"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise RequestError(f"{name} must be a number of seconds above 0")
+        if self.downtime is not None and not 1 <= self.downtime <= MOST_DOWNTIME:
+            raise RequestError(f"the downtime limit must be 1 to {MOST_DOWNTIME} milliseconds")
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -61,7 +74,9 @@ class Request:
     def __post_init__(self) -> None:
         if not self.devices:
             raise RequestError("no device is named")
-        if self.source_qmp == self.destination_qmp:
+        for address in (self.source_qmp, self.destination_qmp):
+            _check_qmp(address)
+        if _same_socket(self.source_qmp, self.destination_qmp):
             raise RequestError("source and destination are the same QEMU")
         _require_distinct("device", (device.id for device in self.devices))
         _require_distinct(
@@ -69,6 +84,13 @@ class Request:
             (os.path.realpath(path) for one in self.devices for path in (one.source, one.destination)),
         )
         check_uri(self.uri)
+
+
+def _same_socket(first: str, second: str) -> bool:
+    one, other = parse_address(first), parse_address(second)
+    if isinstance(one, str) and isinstance(other, str):
+        return os.path.realpath(one) == os.path.realpath(other)
+    return one == other
 
 
 def _require_distinct(what: str, names: Iterable[str]) -> None:
@@ -82,17 +104,48 @@ def _require_distinct(what: str, names: Iterable[str]) -> None:
 _NOT_THESE = {
     "fd": "a descriptor cannot be given to QEMU from here",
     "file": "a file is no way to a QEMU that waits",
+    "exec": "one command cannot be both ends; forward a socket, by ssh -L for one, and give that",
+    "rdma": "it pins memory that servers map, and has never been tried with them",
     "defer": "it says where the stream goes, not when",
 }
+_HOST = r"(\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]|[\w.-]+)"
+_OPTIONS = r"(,(ipv4|ipv6|keep-alive|mptcp)(=(on|off))?)*"
+_URIS = {
+    "tcp": ("tcp:HOST:PORT", re.compile(rf"{_HOST}:(?P<port>[0-9]{{1,10}}){_OPTIONS}"), 0xFFFF),
+    "unix": ("unix:PATH", re.compile(r"(?P<path>.+)", re.DOTALL), 0),
+    "vsock": ("vsock:CID:PORT", re.compile(r"(?P<cid>[0-9]{1,10}):(?P<port>[0-9]{1,10})"), 0xFFFF_FFFE),
+}
+"""Those of QEMU's ways that are sockets: what is to be given, the rest of the URI, the highest port."""
+_MOST_CID = 0xFFFF_FFFE
+_LONGEST_PATH = 107
+"""Bytes of a UNIX socket's path (unix(7))."""
 
 
 def check_uri(uri: str) -> None:
     """RequestError for a way that QEMU's stream cannot take here."""
     kind, colon, rest = uri.partition(":")
-    if not colon or not kind or not rest:
-        raise RequestError(f"the URI {uri!r} is none of QEMU's: tcp:HOST:PORT or unix:PATH is needed")
-    if kind in _NOT_THESE:
+    if kind in _NOT_THESE and colon:
         raise RequestError(f"the URI {uri!r} does not do: {_NOT_THESE[kind]}")
+    form, pattern, most = _URIS.get(kind, _NOTHING)
+    if (found := pattern.fullmatch(rest)) is None:
+        raise RequestError(f"the URI {uri!r} is none that does: {form} is needed")
+    parts = found.groupdict()
+    if "port" in parts and not 1 <= int(parts["port"]) <= most:
+        raise RequestError(f"the URI {uri!r} has a port that cannot be: 1 to {most}")
+    if "cid" in parts and not 1 <= int(parts["cid"]) <= _MOST_CID:
+        raise RequestError(f"the URI {uri!r} has a CID that cannot be: 1 to {_MOST_CID}")
+    if len(os.fsencode(parts.get("path", ""))) > _LONGEST_PATH:
+        raise RequestError(f"the URI {uri!r} has a path that is too long: {_LONGEST_PATH} bytes at most")
+
+
+_NOTHING = (" or ".join(row[0] for row in _URIS.values()), re.compile(r"(?!)"), 0)
+
+
+def _check_qmp(address: str) -> None:
+    try:
+        parse_address(address)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
 
 
 def parse_device(text: str) -> DeviceRequest:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What is refused before a guest's move begins: a row for each, on facts that are right but for one thing."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from vfio_user.client.qemu_migration.facts import DeviceFacts, Facts, Place, Qem
 from vfio_user.client.qemu_migration.preflight import BAD_CAPABILITIES, CHECKS, find_reasons
 from vfio_user.client.qemu_migration.request import (
     DeviceRequest,
+    Limits,
     Request,
     RequestError,
     Writes,
@@ -147,10 +149,60 @@ def test_a_device_on_the_command_line(text: str, fits: bool) -> None:
             parse_device(text)
 
 
-@pytest.mark.parametrize("uri", ["", "tcp", "tcp:", ":x", "file:/x", "fd:3", "defer:x"])
-def test_ways_that_do_not_do(uri: str) -> None:
-    with pytest.raises(RequestError):
+LONG = "/" + "x" * 106
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *(
+            "tcp:h:1",
+            "tcp:10.9.0.3:65535",
+            "tcp:[::1]:4444",
+            "tcp:[fe80::1%eth0]:4444",
+            "tcp:a-b.example:4444",
+        ),
+        *("tcp:h:1,ipv4=on", "tcp:h:1,ipv6,keep-alive=on", "unix:/run/a:b,c", f"unix:{LONG}", "unix:here"),
+        *("vsock:2:1", "vsock:3:4294967294"),
+    ],
+)
+def test_ways_that_do(uri: str) -> None:
+    check_uri(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        *((uri, "tcp:HOST:PORT or unix:PATH or vsock:CID:PORT is needed") for uri in ("", ":x", "h:4444")),
+        *((uri, "tcp:HOST:PORT is needed") for uri in ("tcp", "tcp:", "tcp:h", "tcp::1", "tcp:h:")),
+        *((uri, "tcp:HOST:PORT is needed") for uri in ("tcp:h:x", "tcp:h:1 ", "tcp:h:1,to=9", "tcp:::1:4")),
+        *((uri, "a port that cannot be: 1 to 65535") for uri in ("tcp:h:0", "tcp:h:65536", "tcp:h:1234567")),
+        *((uri, "vsock:CID:PORT is needed") for uri in ("vsock:3", "vsock:a:1", "vsock:3:1,x")),
+        ("vsock:3:0", "a port that cannot be"),
+        ("vsock:0:1", "a CID that cannot be"),
+        ("vsock:4294967295:1", "a CID that cannot be"),
+        ("unix:", "unix:PATH is needed"),
+        (f"unix:{LONG}x", "too long: 107 bytes"),
+        *((uri, "does not do") for uri in ("file:/x", "fd:3", "defer:x", "exec:cat", "rdma:h:4444")),
+        ("TCP:h:1", "is needed"),
+    ],
+)
+def test_ways_that_do_not_do(uri: str, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
         check_uri(uri)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        *({name: value} for name in ("timeout", "stop", "recovery") for value in (0, -1, math.nan, math.inf)),
+        *({"downtime": value} for value in (0, -1, 2_000_001)),
+    ],
+    ids=str,
+)
+def test_limits_that_are_none(limits: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="must be"):
+        Limits(**limits)
 
 
 Change = Callable[[], Request]
@@ -161,6 +213,10 @@ Change = Callable[[], Request]
     [
         (lambda: replace(REQUEST, devices=()), "no device"),
         (lambda: replace(REQUEST, destination_qmp="/a"), "same QEMU"),
+        (lambda: replace(REQUEST, destination_qmp="/x/../a"), "same QEMU"),
+        (lambda: replace(REQUEST, destination_qmp=""), "no path of a socket"),
+        (lambda: replace(REQUEST, source_qmp=LONG + "x"), "no path of a socket"),
+        (lambda: replace(REQUEST, source_qmp="h:70000"), "a port from 1 to 65535"),
         (lambda: replace(REQUEST, devices=REQUEST.devices * 2), "nic is named twice"),
         (
             lambda: replace(REQUEST, devices=(DeviceRequest("nic", Path("/c"), Path("/c")),)),

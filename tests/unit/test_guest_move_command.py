@@ -117,10 +117,24 @@ HERE = ["--source-qmp", "/a", "--destination-qmp", "/b", "--device", "x=/c,/d"]
         (["h:1", *HERE[:4]], "--device"),
         (["tcp:h:1", *HERE[:5], "x"], "'x' is not ID="),
         (["tcp:h:1", *HERE, *HERE[4:]], "named twice"),
-        (["nonsense", *HERE], "none of QEMU's"),
+        (["nonsense", *HERE], "none that does"),
         (["file:/x", *HERE], "does not do"),
-        (["tcp:h:1", *HERE, "--timeout", "0"], "--timeout"),
-        (["tcp:h:1", *HERE, "--downtime-limit", "soon"], "--downtime-limit"),
+        (["exec:cat", *HERE], "one command cannot be both ends"),
+        (["tcp:h:65536", *HERE], "1 to 65535"),
+        *(
+            (["tcp:h:1", *HERE, "--timeout", words], "timeout")
+            for words in ("0", "-1", "nan", "inf", "-inf", "x")
+        ),
+        *(
+            (["tcp:h:1", *HERE, "--downtime-limit", words], "--downtime-limit")
+            for words in ("soon", "0", "-1", "2000001", "nan", "0.5")
+        ),
+        (["tcp:h:1", *HERE[2:], "--source-qmp", ""], "the QMP address ''"),
+        (["tcp:h:1", *HERE[2:], "--source-qmp", "h:65536"], "a port from 1 to 65535"),
+        (["tcp:h:1", *HERE[2:], "--source-qmp", "h:0"], "a port from 1 to 65535"),
+        (["tcp:h:1", *HERE[2:], "--source-qmp", ":4444"], "needs a host"),
+        (["tcp:h:1", *HERE[2:], "--source-qmp", "/tmp/../b"], "the same QEMU"),
+        (["tcp:h:1", *HERE, "--report", "/tmp/x.svg", "--plot", "/tmp/./x.svg"], "the same file"),
         (["tcp:h:1", *HERE, "--writes", "never"], "--writes"),
         (["tcp:h:1", *HERE, "--plot", "/tmp/x.pdf"], ".png or .svg"),
         (["tcp:h:1", *HERE, "--report", "/nowhere/x"], "a folder that is there"),
