@@ -12,6 +12,7 @@ place's last ones have left. Commands that were asked for before a move are answ
 """
 
 import contextlib
+import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,10 +72,10 @@ class Side:
     def controls(self) -> Mapping[str, Path]:
         return {id: self.folder / f"{id}.control" for id in self.servers}
 
-    def kill_server(self, id: str) -> None:
-        """SIGKILL; it is not expected to end well any more."""
+    def kill_server(self, id: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """Sends a signal that ends it; it is not expected to end well any more."""
         self.killed.add(id)
-        self.servers[id].popen.kill()
+        self.servers[id].popen.send_signal(number)
 
     async def close(self) -> None:
         """Ends QEMU, then the servers, which must end well. Raises what went wrong with them."""
@@ -111,7 +112,7 @@ class Moving:
         """A destination at the other place: its QEMU waits for the guest."""
         other = next(place for place in self.places if place is not self.here.place)
         side = await self._open(other, replace(self.options, incoming=incoming))
-        with trio.fail_after(20):
+        with trio.fail_after(120):
             while not side.place.namespace.listens(side.qmp):
                 if side.machine.child.popen.poll() is not None:
                     raise MachineError(f"QEMU has ended: {side.machine.qemu_log()}")

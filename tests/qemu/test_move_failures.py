@@ -25,11 +25,12 @@ from vfio_user.client.qemu_migration.qmp import Qmp, QmpLost, open_qmp
 from vfio_user.client.qemu_migration.report import Outcome, Progress, Report, Step
 from vfio_user.client.qemu_migration.request import Limits
 
-pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(900)]
 
 SLOW = 2 << 20
 """Bytes a second: the guest's memory then takes seconds, and what happens in between does."""
-LIMITS = Limits(timeout=30, stop=0.5, recovery=8)
+LIMITS = Limits(timeout=120, stop=30, standstill=60, recovery=8)
+"""Of time-outs only that for the way back may come where none is meant to."""
 
 
 @dataclass
@@ -70,8 +71,10 @@ class Bench:
         server.send_signal(signal.SIGSTOP)
         self.nursery.start_soon(_go_on, server)
 
-    def kill_source_server(self) -> None:
-        self.moving.here.kill_server(NIC.id)
+    def end_source_server(self) -> None:
+        """It reads what QEMU has sent before it ends. The kernel resets the connection of one that did not,
+        and QEMU 11.1.3 then aborts: its `vfio_user_recv_hdr` sets an error that is set already."""
+        self.moving.here.kill_server(NIC.id, signal.SIGTERM)
 
     def nothing(self) -> None:
         pass
@@ -109,7 +112,7 @@ CASES: Mapping[str, Case] = {
     "source's monitor lost": Case(Step.PRECOPY, Bench.cut_source, slow=True),
     "destination's monitor lost": Case(Step.PRECOPY, Bench.cut_destination, slow=True, quick=False),
     "destination's monitor lost at the hand-over": Case(Step.HAND_OVER, Bench.cut_destination),
-    "the device does not stop": Case(Step.STOP, Bench.freeze_source_server),
+    "the device does not stop": Case(Step.STOP, Bench.freeze_source_server, limits=replace(LIMITS, stop=0.5)),
 }
 
 
@@ -203,12 +206,13 @@ async def the_source_server_dies(moving: Moving) -> None:
     await set_bandwidth(moving.here, SLOW)
     async with bench(moving) as one:
         limits = replace(LIMITS, recovery=30)  # QEMU, without its server, is deaf for 5 s at a time
-        report = await attempt(one, Case(Step.PRECOPY, Bench.kill_source_server, slow=True, limits=limits))
+        report = await attempt(one, Case(Step.PRECOPY, Bench.end_source_server, slow=True, limits=limits))
     print(f"{report.failure}; {report.source}; {report.destination}; {report.notes}")
     assert report.outcome is Outcome.FAILED
     assert f"{NIC.id} is lost" in report.source
-    with trio.fail_after(120):
-        while not await runs(moving.here):  # noqa: ASYNC110 - QEMU tells nobody
+    with trio.fail_after(300):
+        while not await runs(moving.here):
+            assert moving.here.machine.child.popen.poll() is None, moving.here.machine.qemu_log()
             await trio.sleep(0.5)
     assert not await runs(one.destination)
     assert "alive" in await moving.guest.check("echo alive")
