@@ -125,7 +125,7 @@ class Machine:
         await self._send(0, timeout, "sync; reboot -f")
         await self.wait_boot(timeout, boots + 1)
 
-    async def power_off(self, timeout: float = 20.0) -> int:
+    async def power_off(self, timeout: float = 120.0) -> int:
         """Switches the guest off and returns QEMU's exit status. Raises MachineError when it stays."""
         await self._send(0, timeout, "sync; poweroff -f")
         return await self.wait_end(timeout)

@@ -86,7 +86,7 @@ class Namespace:
         os.chmod(folder, 0o777)  # that user must reach it
         words = ["passt", "--foreground", "--ipv4-only", "--runas", "nobody", "--socket", str(path)]
         async with running(words, log, netns=self.name) as child:
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 while not self.listens(path):
                     if child.popen.poll() is not None:
                         raise OSError(f"passt has ended: {child.log_text()}")

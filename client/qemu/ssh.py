@@ -63,7 +63,7 @@ async def open_sshd(lab: Lab, namespace: Namespace, address: str, folder: Path) 
     script = _OWN_FILES.format(folder=shlex.quote(str(folder)), sshd=sshd)
     words = ["unshare", "--mount", "--", "sh", "-c", script]
     async with running(words, folder / "sshd.log", netns=namespace.name) as child:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while "Server listening" not in child.log_text():
                 if child.popen.poll() is not None:
                     raise OSError(f"sshd has ended: {child.log_text()}")
@@ -98,7 +98,7 @@ async def forwarded(
         words += ["-L", f"{here}:{there}"]
     words.append(f"root@{server.address}")
     async with running(words, server.folder / "ssh.log", netns=namespace.name) as child:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while not all(namespace.listens(path) for path in sockets):
                 if child.popen.poll() is not None:
                     raise OSError(f"ssh has ended: {child.log_text()}")

@@ -35,7 +35,7 @@ async def held_before_switchover(source: Side, destination: Side) -> AsyncIterat
             await qmp.execute("migrate-set-capabilities", capabilities=capabilities)
         await here.execute("migrate-set-parameters", **{"max-bandwidth": BANDWIDTH})
         await there.execute("migrate-incoming", uri=uri)
-        with here.listen("MIGRATION") as sent, there.listen("MIGRATION") as taken, trio.fail_after(60):
+        with here.listen("MIGRATION") as sent, there.listen("MIGRATION") as taken, trio.fail_after(180):
             await here.execute("migrate", uri=uri)
             while (await sent.next()).data["status"] != "pre-switchover":
                 pass

@@ -38,7 +38,7 @@ class Pinger:
         times = sorted(time for time in self.answered.values() if since <= time <= until)
         return max((b - a for a, b in itertools.pairwise([since, *times, until])), default=0.0)
 
-    async def next_answer(self, timeout: float = 20.0) -> float:
+    async def next_answer(self, timeout: float = 60.0) -> float:
         """Waits until an echo that is still to be sent is answered; when it was."""
         first = len(self.sent)
         with trio.fail_after(timeout):

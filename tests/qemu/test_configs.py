@@ -23,7 +23,7 @@ from vfio_user.client.server_process import ServerProcess, started
 
 CONFIGS = Path(__file__).parents[2] / "qemu-configs"
 
-pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(600)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ async def test_on_tap(scenario: Scenario) -> None:
 async def test_on_passt(scenario: Scenario) -> None:
     scenario.namespace.add_uplink("192.0.2.15/24", "192.0.2.1")
     async with scenario.running("network", "--runas", "nobody"):
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while not scenario.namespace.listens(scenario.folder / "passt.socket"):  # noqa: ASYNC110
                 await trio.sleep(0.01)
         async with scenario.server() as server:

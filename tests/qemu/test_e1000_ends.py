@@ -24,7 +24,7 @@ EEPROM_MAGIC = 0x100E8086  # device and vendor, as ethtool -E wants to hear
 EEPROM_OFFSET, EEPROM_VALUE = 0x10, 0x5A
 COUNTS = counts()
 
-pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "message"])
@@ -45,7 +45,7 @@ async def test_killed_powered_off_and_booted_again(
                 async with in_full_flood(guest, namespace, server):
                     assert_attached(server, mapped)
                     await end(guest, killed=(number % 2 == 0) == mapped)
-                await server.counters(f"client {number + 1} has left", 10)
+                await server.counters(f"client {number + 1} has left", 60)
             assert server.holdings() == alone
         await check_ours(server)
     assert (await server.counters("the end"))["clients_served"] == COUNTS.guests + 1
@@ -65,7 +65,7 @@ async def in_full_flood(guest: Machine, namespace: Namespace, server: ServerProc
     before = await server.ask_counters()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(flood, Wire(guest, namespace, HOST))
-        with trio.fail_after(20):
+        with trio.fail_after(200):
             while not grown_by(before, await server.ask_counters(), 2_000_000):  # noqa: ASYNC110
                 await trio.sleep(0.01)
         yield

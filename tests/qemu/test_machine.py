@@ -20,11 +20,12 @@ import trio
 from vfio_user.client.qemu.command import DEFAULT_SLOTS, Chipset, MachineOptions, VfioUserDevice
 from vfio_user.client.qemu.lab import Lab
 from vfio_user.client.qemu.machine import CommandError, Machine, MachineError, open_machine
+from vfio_user.client.qemu.namespace import Namespace
 from vfio_user.client.qemu.process import running
 
 GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(600)]
 
 
 def _with_e1000(chipset: Chipset) -> MachineOptions:
@@ -154,8 +155,8 @@ async def test_a_vfio_user_device_of_the_c_library_is_seen(
     server = [str(libvfio_lab.sample("gpio-pci-idio-16")), str(path)]
     device = VfioUserDevice(path, root_port=root_port)
     async with running(server, tmp_path / "log"):
-        with trio.fail_after(5):
-            while not os.path.lexists(path):  # noqa: ASYNC110, ASYNC240
+        with trio.fail_after(60):
+            while not Namespace("").listens(path):  # noqa: ASYNC110  # it has its name a moment before
                 await trio.sleep(0.01)
         async with guest_machine(MachineOptions(chipset, mapped, devices=[device])) as guest:
             assert f"{place} 0000: 494f:0dc8" in await guest.check("lspci -n")

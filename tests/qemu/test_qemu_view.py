@@ -38,7 +38,7 @@ from vfio_user.client.qemu_migration.qmp import Qmp, open_qmp
 from vfio_user.client.qemu_migration.view import CannotRestore, View, ask_chipset, check, restore, snapshot
 from vfio_user.device_models.device import IrqIndex
 
-pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(600)]
 
 FUNCTION_0 = ("-device", "virtio-rng-pci,bus=pcie.0,addr=4.0,multifunction=on")
 

@@ -17,7 +17,7 @@ from vfio_user.client.qemu.moving import Model, one_host, open_moving
 from vfio_user.client.qemu.namespace import Namespace
 from vfio_user.client.qemu_migration.qmp import open_qmp
 
-pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(600)]
 
 RATE = 50
 REGISTER = (

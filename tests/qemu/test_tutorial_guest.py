@@ -18,7 +18,7 @@ from vfio_user.client.qemu.process import running
 Step = tuple[str, str, str]
 GuestMachine = Callable[[MachineOptions], AbstractAsyncContextManager[Machine]]
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(600)]
 
 
 async def test_the_tutorials_device_sums_what_the_guest_sums(
@@ -35,7 +35,7 @@ async def test_the_tutorials_device_sums_what_the_guest_sums(
     socket = tmp_path / "my.sock"
     script = f'cd "{tmp_path}" && exec "$@"'
     async with running(["sh", "-c", script, "sh", *server], tmp_path / "log"):
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while not socket.exists():  # noqa: ASYNC110
                 await trio.sleep(0.02)
         device = VfioUserDevice(socket)
