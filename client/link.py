@@ -91,7 +91,8 @@ class Link:
     async def drain(self) -> None:
         """Wait while the server leaves too much unread."""
         while self._channel.congested and self.failure is None:
-            self._drained = trio.Event()
+            if self._drained.is_set():  # else others wait for the event that is there
+                self._drained = trio.Event()
             await self._drained.wait()
 
     @property

@@ -26,6 +26,8 @@ LOST = ("kill", "hang", "unplug")
 ACTIONS = ("cancel", "cancel", "kill", "kill", "unplug", "unplug", "fail", "fail", "hang")
 """A hang costs a time-out: it comes less often."""
 PATIENCE = 5.0
+LONGEST = 120.0
+"""Seconds that an attempt, the way back and a look at what is left may take by their own limits, and more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +128,16 @@ class Attempt:
 
 async def attempt(scene: Scene, plan: Plan) -> bool:
     """Whether it is known where the guest runs now, and can be moved from there."""
+    with trio.fail_after(LONGEST):
+        return await _attempt(scene, plan)
+
+
+async def _attempt(scene: Scene, plan: Plan) -> bool:
     one = Attempt(scene, plan)
+    print(plan)  # before: it is what one wants to know of an attempt that does not end
     await one.run()
     report, lost = one.report, one.lost
-    print(plan, report)
+    print(report)
     heal(scene)
     await scene.check(report, dead=lost)
     judge(one)

@@ -19,7 +19,7 @@ from vfio_user.client.fake_vmm import VmmOptions
 Open = Callable[[Path, Random, VmmOptions], AbstractAsyncContextManager[Scene]]
 
 
-@pytest.mark.timeout(0)
+@pytest.mark.timeout(0 if SOAK else 400)
 @pytest.mark.parametrize(
     ("name", "open_one"), [("scratch", open_scene), ("e1000", open_nic_scene)], ids=["scratch", "e1000"]
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from vfio_user.client.background import background
 from vfio_user.client.client import Client, open_client, open_client_on
@@ -474,3 +475,27 @@ async def test_a_body_that_raises_comes_out_as_it_is() -> None:
     with pytest.raises(KeyError):
         async with connected():
             raise KeyError("the test's own")
+
+
+async def test_all_who_wait_for_room_go_on_when_the_server_reads() -> None:
+    """Two processors of a guest that post writes, and a server that is slow: none is forgotten."""
+    ours, theirs = socket.socketpair()
+    going_on: list[int] = []
+
+    async def wait(client: Client, number: int) -> None:
+        await client.link.drain()
+        going_on.append(number)
+
+    theirs.setblocking(False)
+    with trio.socket.from_stdlib_socket(theirs) as peer:
+        async with open_client_on(ours, version=None) as client, trio.open_nursery() as nursery:
+            client.link.send_raw((bytes(12 << 20),))
+            assert client.link.congested
+            for number in range(2):
+                nursery.start_soon(wait, client, number)
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.move_on_after(5) as patience:
+                while len(going_on) < 2:
+                    await peer.recv(1 << 20)
+            nursery.cancel_scope.cancel()
+    assert not patience.cancelled_caught, going_on
