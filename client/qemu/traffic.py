@@ -149,9 +149,11 @@ class Wire:
             nursery.start_soon(repeat, self.receive, 0)
             nursery.start_soon(repeat, self.send, 1)
 
-    async def receive_until(self, stop: str, timeout: float = 600.0) -> int:
-        """As `receive`, until the guest has a file `stop`; how many rounds came. Leaves time for others."""
-        loop = f"i=0; while [ ! -e {stop} ]; do echo $i; cat /{BLOB_PATH}; usleep 20000; i=$((i+1)); done"
+    async def receive_until(self, stop: str, least: int = 0, timeout: float = 600.0) -> int:
+        """As `receive`, until the guest has a file `stop`, and `least` rounds came; how many did. Leaves time
+        for others."""
+        more = f"[ ! -e {stop} -o $i -lt {least} ]"
+        loop = f"i=0; while {more}; do echo $i; cat /{BLOB_PATH}; usleep 20000; i=$((i+1)); done"
         sha, size = hashlib.sha256(), 0
 
         async def take(stream: trio.SocketStream) -> None:
@@ -165,14 +167,14 @@ class Wire:
         self._compare("guest to host", sha.hexdigest(), rounds)
         return rounds
 
-    async def send_until(self, stop: trio.Event, timeout: float = 600.0) -> int:
-        """As `send`, until the event; how many rounds were sent. Leaves time for others."""
+    async def send_until(self, stop: trio.Event, least: int = 0, timeout: float = 600.0) -> int:
+        """As `send`, until the event, and `least` rounds were sent; how many were. Leaves time for others."""
         rounds = 0
 
         async def give(stream: trio.SocketStream) -> None:
             nonlocal rounds
             await stream.receive_some()
-            while not stop.is_set():
+            while not stop.is_set() or rounds < least:
                 await stream.send_all(b"%d\n" % rounds + BLOB)
                 rounds += 1
                 await trio.sleep(0.02)

@@ -31,16 +31,17 @@ class Transfers:
 
 
 @contextlib.asynccontextmanager
-async def transferring(moving: Moving, namespace: Namespace, host: str = HOST) -> AsyncIterator[Transfers]:
-    """Inside the block data flow both ways; at the end every byte is right, or TrafficError."""
+async def transferring(moving: Moving, namespace: Namespace, least: int) -> AsyncIterator[Transfers]:
+    """Inside the block data flow both ways, and on until there were `least` rounds of each; at the end every
+    byte is right, or TrafficError."""
     transfers, stop = Transfers(), trio.Event()
-    wire = Wire(moving.guest, namespace, host)
+    wire = Wire(moving.guest, namespace, HOST)
     await moving.guest.check(f"rm -f {STOP}")
     async with background() as nursery:
         ended = [trio.Event(), trio.Event()]
 
         async def run(number: int) -> None:
-            way = wire.send_until(stop) if number else wire.receive_until(STOP)
+            way = wire.send_until(stop, least) if number else wire.receive_until(STOP, least)
             transfers.rounds.append(await way)
             ended[number].set()
 

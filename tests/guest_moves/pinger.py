@@ -33,6 +33,15 @@ class Pinger:
             since <= time < until and number not in self.answered for number, time in enumerate(self.sent)
         )
 
+    def slowest(self, since: float, until: float) -> float:
+        """The longest way there and back of those that were sent and answered in between, in seconds."""
+        trips = (
+            answer - self.sent[number]
+            for number, answer in self.answered.items()
+            if answer <= until and self.sent[number] >= since
+        )
+        return max(trips, default=0.0)
+
     def silence(self, since: float, until: float) -> float:
         """The longest time in between without an answer."""
         times = sorted(time for time in self.answered.values() if since <= time <= until)
@@ -48,13 +57,13 @@ class Pinger:
         return trio.current_time()
 
     async def send(self, sock: trio.socket.SocketType, address: str) -> None:
-        begun = trio.current_time()
+        """Never two within INTERVAL: what is late on a busy machine is not made up for at the stop."""
         for number in itertools.count():
             self.sent.append(trio.current_time())
             # Until the neighbour is known, or while its host is away, the kernel may refuse.
             with contextlib.suppress(OSError):
                 await sock.sendto(_echo(number), (address, 0))
-            await trio.sleep_until(begun + (number + 1) * INTERVAL)
+            await trio.sleep(INTERVAL)
 
     async def receive(self, sock: trio.socket.SocketType) -> None:
         while True:

@@ -53,7 +53,7 @@ async def test_two_devices_between_two_hosts(
     ):
         await bring_up(moving.guest, f"{GUEST}/24")
         await moving.guest.check("dmesg -c")
-        async with pinging(namespace, GUEST) as pinger, transferring(moving, namespace) as transfers:
+        async with pinging(namespace, GUEST) as pinger, transferring(moving, namespace, 3) as transfers:
             for number in range(MOVES if SOAK else 2):
                 await begin_scribbling(moving.guest, RATE)
                 await move_by_command(moving, server, namespace, socket_folder / f"{number}")
