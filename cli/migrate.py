@@ -208,8 +208,8 @@ def _show(console: Console, report: Report) -> None:
         console.print(f"the migration was {_ENDED[report.outcome]} {report.failure}", highlight=False)
     console.print(f"source: {report.source}", highlight=False)
     console.print(f"destination: {report.destination}", highlight=False)
-    if report.guest == "nowhere":
-        console.print("the guest is lost: its QEMU ended before the destination had all of it")
+    for number, line in enumerate(report.by_hand, 1):
+        console.print(f"by hand, {number}: {line}", highlight=False, markup=False)
 
 
 _ENDED = {Outcome.FAILED: "given up", Outcome.CANCELLED: "cancelled", Outcome.COMPLETED: "completed"}

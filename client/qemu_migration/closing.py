@@ -2,23 +2,17 @@
 """The end of a move: what is put away, and what is told."""
 
 import itertools
-from collections.abc import Mapping
-from typing import Any
 
 import trio
 
-from vfio_user.client.control import ControlClient
 from vfio_user.client.qemu_migration.move import Move, MovingDevice
-from vfio_user.client.qemu_migration.qemu_side import QemuSide
-from vfio_user.client.qemu_migration.report import Downtime, Failure, Outcome, Report, Round, Step, Where
+from vfio_user.client.qemu_migration.report import Downtime, Failure, Outcome, Report, Round, Step
 from vfio_user.client.qemu_migration.request import Writes
+from vfio_user.client.qemu_migration.standing import ANSWER, End, advise, look
 from vfio_user.client.qemu_migration.trail import NONSENSE, TROUBLE, reason
 from vfio_user.client.qemu_migration.way_back import attempt, put_back_settings
 from vfio_user.client.qemu_migration.whose import Guest
 from vfio_user.protocol.json_rpc import REFUSED, RpcError
-
-ANSWER = 5.0
-"""Seconds in which somebody has to answer what he is at."""
 
 
 async def finish(move: Move) -> None:
@@ -49,11 +43,13 @@ async def _end_log(device: MovingDevice) -> None:
 async def write_report(move: Move, outcome: Outcome, failure: Failure | None, guest: Guest) -> Report:
     ram, qemu_downtime = await _figures(move)
     trail = move.trail
+    source, destination = await look(move, move.source), await look(move, move.destination)
+    end = End(move.request, source, destination, move.was_running, move.started)
     return Report(
         outcome=outcome,
         guest=guest.value,
-        source=await _describe(move, move.source),
-        destination=await _describe(move, move.destination),
+        source=str(source),
+        destination=str(destination),
         seconds=trail.seconds,
         writes=_writes(move),
         rounds=_rounds_if_told(move),
@@ -64,6 +60,7 @@ async def write_report(move: Move, outcome: Outcome, failure: Failure | None, gu
         samples=tuple(trail.samples),
         failure=failure,
         notes=tuple(trail.notes),
+        by_hand=advise(end, guest),
     )
 
 
@@ -121,49 +118,3 @@ def _downtime(move: Move) -> Downtime:
         restore=move.between("completed", "restored"),
         start=move.between("restored", "running"),
     )
-
-
-# What both sides are at, in words
-
-
-_STATES = {
-    "running": "its guest runs",
-    "paused": "its guest is paused",
-    "postmigrate": "its guest has been moved away, and stands still: end this QEMU, never continue it",
-    "inmigrate": "it waits for a guest",
-    "finish-migrate": "its guest stands still, in the middle of a migration",
-}
-
-
-async def _describe(move: Move, side: QemuSide) -> str:
-    words = [await _describe_qemu(side)]
-    for device in move.devices:
-        control = device.source if side.where is Where.SOURCE else device.destination
-        words.append(f"{device.id} {await _describe_device(control)}")
-    return "; ".join(words)
-
-
-async def _describe_qemu(side: QemuSide) -> str:
-    with trio.move_on_after(ANSWER):
-        try:
-            state = await side.run_state()
-            return _STATES.get(state, f"its guest is in the state {state}")
-        except TROUBLE as error:
-            return f"QEMU cannot be asked ({reason(error)})"
-    return "QEMU does not answer"
-
-
-async def _describe_device(control: ControlClient) -> str:
-    with trio.move_on_after(ANSWER):
-        try:
-            return _in_words(await control.call("state"))
-        except NONSENSE as error:
-            return f"is in a state that cannot be told ({reason(error)})"
-        except TROUBLE as error:
-            return f"is lost: its server cannot be asked ({reason(error)})"
-    return "does not answer"
-
-
-def _in_words(state: Mapping[str, Any]) -> str:
-    runs = "runs" if state["running"] else "stands still"
-    return runs if state["client"]["attached"] else f"{runs}, and no VMM is connected to it"

@@ -135,12 +135,14 @@ class GuestMigration:
 
     async def _unclear(self, move: Move, failure: Failure) -> Report:
         """Something went wrong after QEMU was told to go on: first of all, who has the guest?"""
-        guest = Guest.NOWHERE
-        with trio.move_on_after(self._request.limits.recovery):
+        guest, limit = Guest.UNKNOWN, self._request.limits.recovery
+        with trio.move_on_after(limit) as scope:
             try:
                 guest = await whose(move)
             except TROUBLE as error:
                 self._trail.note(f"nobody can say who has the guest: {reason(error)}")
+        if scope.cancelled_caught:
+            self._trail.note(f"nobody has said within {limit:g} s who has the guest")
         if guest is Guest.DESTINATION:
             self._trail.note(f"in spite of this the guest arrived: {failure.reason}")
             return await self._arrive(move)
@@ -158,14 +160,16 @@ class GuestMigration:
                 failure = self._trail.failure(error)
         if scope.cancelled_caught:
             failure = self._trail.failure(MoveError("the destination does not answer"))
-        if failure is not None and not await self._has_started(move):
-            return await self._give_up(move, failure)
+        if failure is not None:
+            running = await self._has_started(move)
+            if running is not True:
+                return await self._give_up(move, failure, Guest.UNKNOWN if running is None else Guest.SOURCE)
         await finish(move)
         self._trail.begin(Step.DONE)
         return await write_report(move, Outcome.COMPLETED, None, Guest.DESTINATION)
 
-    async def _has_started(self, move: Move) -> bool:
-        """Whether the guest runs at the destination, as far as anybody can tell."""
+    async def _has_started(self, move: Move) -> bool | None:
+        """Whether the guest runs at the destination; None: nobody can say."""
         if not move.started:
             return False
         running = None
@@ -180,7 +184,7 @@ class GuestMigration:
                 "is there, or lost; the source is kept stopped, for two must never run"
             )
         move.started = running is not False
-        return move.started
+        return running
 
     async def _give_up(self, move: Move, failure: Failure, guest: Guest = Guest.SOURCE) -> Report:
         outcome = Outcome.CANCELLED if self._cancelled else Outcome.FAILED

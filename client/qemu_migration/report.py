@@ -143,7 +143,8 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class Report:
     """The end of a migration, whatever it was. `source` and `destination` say in words what each side is at;
-    `guest` is where the guest is now: "source", "destination", or "nowhere" when it is lost."""
+    `guest` is where the guest is now: "source", "destination", "nowhere" when it is lost, or "unknown" when
+    nobody can say. `by_hand`: what is left to the user, in this order."""
 
     outcome: Outcome
     guest: str
@@ -162,6 +163,7 @@ class Report:
     failure: Failure | None = None
     notes: tuple[str, ...] = ()
     """Mishaps that changed nothing."""
+    by_hand: tuple[str, ...] = ()
 
     @property
     def pages(self) -> int:

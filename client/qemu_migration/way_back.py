@@ -36,6 +36,30 @@ class Row:
     run: Callable[[Move], Awaitable[None]]
 
 
+async def _stop_destinations(move: Move) -> None:
+    """Their guest was to be started: they run already, and would beside the source's."""
+    async with side_by_side() as nursery:
+        for device in move.devices:
+            nursery.start_soon(_stop_destination, move, device)
+
+
+async def _stop_destination(move: Move, device: MovingDevice) -> None:
+    """For a short time only, as the source's guest stands still. One without a VMM stops by itself, and the
+    destination's QEMU is ended later."""
+    why = f"no answer within {RESUME:g} s"
+    with trio.move_on_after(RESUME):
+        try:
+            await device.destination.call("stop")
+            await device.destination.call("reset")
+            return
+        except Exception as error:  # whatever it answers, the next rows have to run
+            why = reason(error)
+    move.trail.note(
+        f"{device.id} may run at the destination, too ({why}), until that QEMU has ended: if it stays, end "
+        f"the server of {device.wanted.destination}"
+    )
+
+
 async def _resume_sources(move: Move) -> None:
     async with side_by_side() as nursery:
         for device in move.devices:
@@ -184,6 +208,7 @@ async def _reset_destinations(move: Move) -> None:
 
 
 WAY_BACK: tuple[Row, ...] = (
+    Row(Step.START, "stop and reset the destination's devices, which run already", _stop_destinations),
     Row(Step.STATE, "let the source's devices go on, before the CPUs do", _resume_sources),
     Row(Step.CONNECT, "reach monitors that were lost", _reach_monitors),
     Row(Step.PRECOPY, "cancel QEMU's migration, and wait for its end", _cancel),

@@ -23,6 +23,7 @@ class Guest(Enum):
     SOURCE = "source"
     DESTINATION = "destination"
     NOWHERE = "nowhere"
+    UNKNOWN = "unknown"
 
 
 async def whose(move: Move) -> Guest:

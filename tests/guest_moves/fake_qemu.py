@@ -58,6 +58,10 @@ class FakeQemu:
         for vmm in self.vmms.values():
             vmm.client.close()
 
+    def leave_monitor(self) -> None:
+        """Nobody can ask it any more; it lives."""
+        self._ended.cancel()
+
     def cut(self) -> None:
         """The monitor's connection ends; QEMU lives."""
         for stream in self._streams:

@@ -16,7 +16,7 @@ from guest_moves.fake_qemu import FakeQemu, Refusal, fake_pair
 from migration.control_bed import SMALL_RAM, Served, listen, opened
 from vfio_user.client.control import ControlClient, ControlLost
 from vfio_user.client.fake_vmm import FakeVmm
-from vfio_user.client.qemu_migration import carry, closing, way_back, whose
+from vfio_user.client.qemu_migration import carry, closing, standing, way_back, whose
 from vfio_user.client.qemu_migration.migrate import GuestMigration
 from vfio_user.client.qemu_migration.report import MoveError, Outcome, Progress, Refused, Report, Step
 from vfio_user.client.qemu_migration.request import DeviceRequest, Limits, Request, Writes
@@ -92,6 +92,8 @@ async def home_again(scene: Scene, report: Report, outcome: Outcome = Outcome.FA
     assert (state["running"], state["transfer"], state["write_through"]) == (True, None, False), report
     assert state["dirty_log"]["owner"] is None
     assert await scene.vmms[0].client.region_read(0, REGISTER, 2) == b"\xfe\xca"
+    remains = scene.destination.status != "gone"
+    assert [line.startswith("end the destination's QEMU") for line in report.by_hand] == [True] * remains
     assert not any(scene.source.capabilities.values())
     assert scene.source.parameters["downtime-limit"] == 300
     assert "its guest runs; dev runs" in report.source
@@ -338,7 +340,7 @@ async def test_a_destination_that_falls_silent_when_all_was_sent(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, state_arrives: bool
 ) -> None:
     """As a QEMU that waits for a dead server: nobody can say what it has; the source has its guest back."""
-    for module, name in ((whose, "ARRIVAL"), (way_back, "END"), (closing, "ANSWER")):
+    for module, name in ((whose, "ARRIVAL"), (way_back, "END"), (closing, "ANSWER"), (standing, "ANSWER")):
         monkeypatch.setattr(module, name, 0.1)
     scene.limits = Limits(timeout=2.5 if state_arrives else 60)
 
@@ -471,3 +473,38 @@ async def test_cont_without_an_answer(scene: Scene, started: bool) -> None:
         assert not scene.source.running
     else:
         await home_again(scene, report)
+
+
+async def test_cont_without_an_answer_and_nobody_to_ask(scene: Scene) -> None:
+    """The monitor is gone for good, but the QEMU lives: the guest may run there, so it is started nowhere."""
+
+    async def leave(qemu: FakeQemu) -> None:
+        qemu.leave_monitor()
+        raise Refusal("too late")
+
+    scene.destination.hooks["cont"] = leave
+    report = await scene.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "unknown"), report
+    assert scene.source.ran == []
+    assert (await scene.state(scene.here))["running"] is False
+    assert f"({scene.destination.path}) was told to start it" in report.by_hand[0]
+    assert report.by_hand[2] == f"then `vfio-user ctl {scene.servers[0].control_path} resume`"
+
+
+async def test_nobody_says_who_has_the_guest(scene: Scene) -> None:
+    """The source's monitor hangs in the last pass."""
+
+    async def hang(_qemu: FakeQemu) -> None:
+        await trio.sleep_forever()
+
+    async def hang_from_now_on(qemu: FakeQemu) -> None:
+        qemu.hooks.update(dict.fromkeys(("query-migrate", "query-status"), hang))
+        await hang(qemu)
+
+    scene.limits = Limits(timeout=2, recovery=0.5)
+    scene.source.hooks["finish"] = hang_from_now_on
+    report = await scene.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "unknown"), report
+    assert any("nobody has said within 0.5 s who has the guest" in note for note in report.notes)
+    assert "was not told to start it" in report.by_hand[0]
+    assert scene.destination.ran == []

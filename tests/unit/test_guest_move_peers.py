@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from guest_moves.fake_qemu import FakeQemu, fake_pair
+from guest_moves.fake_qemu import FakeQemu, Refusal, fake_pair
 from migration.control_bed import SMALL_RAM, opened
 from vfio_user.cli.main import main
 from vfio_user.client.background import background
@@ -38,6 +38,8 @@ class Relay:
         self.hung = False
         self.asked: list[str] = []
         """The methods, in their order."""
+        self.hear: Callable[[str], None] = self.asked.append
+        """Is told of each."""
         self._goes_on = trio.Event()
 
     def hang(self) -> None:
@@ -80,7 +82,7 @@ class Relay:
             with suppress(ValueError, TypeError, KeyError):
                 call = json.loads(line)
                 asked[call["id"]] = call["method"]
-                self.asked.append(call["method"])
+                self.hear(call["method"])
                 self.spoilt |= self.later.pop(call["method"], {})
         return data
 
@@ -244,7 +246,7 @@ async def test_a_server_that_hangs_holds_the_guest_up_for_a_short_time_only(
     peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vfio_user.client.qemu_migration.way_back.RESUME", 0.2)
-    monkeypatch.setattr("vfio_user.client.qemu_migration.closing.ANSWER", 0.2)
+    monkeypatch.setattr("vfio_user.client.qemu_migration.standing.ANSWER", 0.2)
     peers.limits = Limits(timeout=60, standstill=0.3, recovery=0.5)
     stopped = await stopped_with_pages(peers)
     peers.at[Step.STOP] = lambda: peers.here.spoilt.update(stop=stopped)
@@ -256,6 +258,55 @@ async def test_a_server_that_hangs_holds_the_guest_up_for_a_short_time_only(
     assert "the devices were not handed over within 0.3 s" in str(report.failure)
     assert peers.source.running
     assert any("dev does not go on at the source: no answer within 0.2 s" in note for note in report.notes)
+
+
+# What runs at the destination already
+
+
+class StartRefused:
+    """`cont` is refused at the destination; from there on `order` has what is asked of both servers."""
+
+    def __init__(self, peers: Peers) -> None:
+        self.order: list[str] = []
+        peers.here.hear = lambda method: self.order.append(f"here {method}")
+        peers.there.hear = lambda method: self.order.append(f"there {method}")
+        peers.destination.hooks["cont"] = self._refuse
+
+    async def _refuse(self, _qemu: FakeQemu) -> None:
+        self.order.clear()
+        raise Refusal("not now")
+
+
+async def test_the_destination_s_devices_stop_before_the_source_s_go_on(peers: Peers) -> None:
+    refused = StartRefused(peers)
+    report = await peers.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "source"), report
+    calls = [call for call in refused.order if call in ("there stop", "there reset", "here resume")]
+    assert calls[:3] == ["there stop", "there reset", "here resume"]
+    assert peers.source.ran == ["cont"]
+    assert peers.destination.ran == []
+    assert (await peers.control.call("state"))["running"] is True
+
+
+async def test_a_destination_that_does_not_stop_holds_nothing_up(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vfio_user.client.qemu_migration.way_back.RESUME", 0.2)
+    monkeypatch.setattr("vfio_user.client.qemu_migration.standing.ANSWER", 0.2)
+    peers.limits = Limits(timeout=60, recovery=1)
+    refused = StartRefused(peers)
+    refuse = peers.destination.hooks["cont"]
+
+    async def hang(qemu: FakeQemu) -> None:
+        peers.there.hang()
+        await refuse(qemu)
+
+    peers.destination.hooks["cont"] = hang
+    report = await peers.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "source"), report
+    assert peers.source.running
+    assert "here resume" in refused.order
+    assert any("dev may run at the destination, too" in note for note in report.notes)
 
 
 # The output

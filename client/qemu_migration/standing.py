@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What both sides are at when a move has ended, in words, and what is left to be done by hand."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from vfio_user.client.control import ControlClient
+from vfio_user.client.qemu_migration.answers import truth
+from vfio_user.client.qemu_migration.move import Move
+from vfio_user.client.qemu_migration.qemu_side import QemuSide
+from vfio_user.client.qemu_migration.report import Where
+from vfio_user.client.qemu_migration.request import Request
+from vfio_user.client.qemu_migration.trail import NONSENSE, TROUBLE, reason
+from vfio_user.client.qemu_migration.whose import Guest
+
+ANSWER = 5.0
+"""Seconds in which somebody has to answer what he is at."""
+
+_STATES = {
+    "running": "its guest runs",
+    "paused": "its guest is paused",
+    "postmigrate": "its guest has been moved away, and stands still: end this QEMU, never continue it",
+    "inmigrate": "it waits for a guest",
+    "finish-migrate": "its guest stands still, in the middle of a migration",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStanding:
+    """`runs` and `attached` (a VMM is connected): None when the server cannot be asked."""
+
+    words: str
+    runs: bool | None = None
+    attached: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One side. `state`: QEMU's run state; None when it cannot be asked."""
+
+    qemu: str
+    state: str | None
+    devices: Mapping[str, DeviceStanding]
+
+    @property
+    def gone(self) -> bool:
+        """QEMU has ended, by what its servers say."""
+        return self.state is None and all(device.attached is False for device in self.devices.values())
+
+    def __str__(self) -> str:
+        ended = ", and has left its servers: it has ended" if self.gone else ""
+        return "; ".join((self.qemu + ended, *(f"{id} {one.words}" for id, one in self.devices.items())))
+
+
+async def look(move: Move, side: QemuSide) -> Standing:
+    """Bounded: whoever does not answer is left alone."""
+    words, state = await _look_at_qemu(side)
+    ends = {
+        device.id: device.source if side.where is Where.SOURCE else device.destination
+        for device in move.devices
+    }
+    return Standing(words, state, {id: await _look_at_device(control) for id, control in ends.items()})
+
+
+async def _look_at_qemu(side: QemuSide) -> tuple[str, str | None]:
+    with trio.move_on_after(ANSWER):
+        try:
+            state = await side.run_state()
+            return _STATES.get(state, f"its guest is in the state {state}"), state
+        except TROUBLE as error:
+            return f"QEMU cannot be asked ({reason(error)})", None
+    return f"QEMU does not answer within {ANSWER:g} s", None
+
+
+async def _look_at_device(control: ControlClient) -> DeviceStanding:
+    with trio.move_on_after(ANSWER):
+        try:
+            return _in_words(await control.call("state"))
+        except NONSENSE as error:
+            return DeviceStanding(f"is in a state that cannot be told ({reason(error)})")
+        except TROUBLE as error:
+            return DeviceStanding(f"is lost: its server cannot be asked ({reason(error)})")
+    return DeviceStanding(f"has a server that does not answer within {ANSWER:g} s")
+
+
+def _in_words(state: Mapping[str, Any]) -> DeviceStanding:
+    running, attached = truth(state, "running"), truth(state, "client", "attached")
+    words = "runs" if running else "stands still"
+    return DeviceStanding(words if attached else f"{words}, and no VMM is connected to it", running, attached)
+
+
+# By hand
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """`was_running`: the guest ran when the move began; `started`: the destination was told to start it."""
+
+    request: Request
+    source: Standing
+    destination: Standing
+    was_running: bool = True
+    started: bool = False
+
+
+def advise(end: End, guest: Guest) -> tuple[str, ...]:
+    """What the user has to do now, in this order; nothing when all is as it should be. Pure."""
+    return tuple(_ADVICE[guest](end))
+
+
+def _at_source(end: End) -> Iterator[str]:
+    if not end.destination.gone:
+        yield (
+            f"end the destination's QEMU ({end.request.destination_qmp}) if it is still there, and never "
+            "continue it: it has a copy of the guest at most, which has not run"
+        )
+    yield from _resume_by_hand(end.source, {one.id: one.source for one in end.request.devices})
+    yield from _run_by_hand(end)
+
+
+def _resume_by_hand(standing: Standing, controls: Mapping[str, Path]) -> Iterator[str]:
+    for id, path in controls.items():
+        found = standing.devices[id]
+        if found.runs is None:
+            yield (
+                f"look for the server of {id}: if it lives, `vfio-user ctl {path} resume`; if not, the "
+                "device is lost to this guest, which goes on without it"
+            )
+        elif not found.runs and found.attached:
+            yield f"`vfio-user ctl {path} resume`: {id} stands still"
+
+
+def _run_by_hand(end: End) -> Iterator[str]:
+    address, state = end.request.source_qmp, end.source.state
+    if end.source.gone:
+        yield "the source's QEMU has ended, and the guest with it: start it anew"
+    elif state is None:
+        yield _REACH_SOURCE.format(address)
+    elif end.was_running and state != "running":
+        yield _TO_RUN.get(state, _TO_RUN[""]).format(address, state)
+
+
+_REACH_SOURCE = (
+    "reach the source's monitor ({}), `info status`: running needs nothing; at postmigrate `cont`, once the "
+    "destination's QEMU is gone; else `migrate_cancel`"
+)
+_TO_RUN = {
+    "postmigrate": "`cont` in the source's monitor ({}), once the destination's QEMU is gone",
+    "finish-migrate": "`migrate_cancel` in the source's monitor ({}): its guest stands still",
+    "": "`cont` in the source's monitor ({}), if it was not you who has brought the guest into the state {}",
+}
+"""By the source's run state."""
+
+
+def _at_destination(end: End) -> Iterator[str]:
+    if not end.source.gone:
+        yield f"end the source's QEMU ({end.request.source_qmp}); never continue it"
+    yield from _resume_by_hand(end.destination, {one.id: one.destination for one in end.request.devices})
+
+
+def _nowhere(end: End) -> Iterator[str]:
+    yield (
+        "the guest is lost: its QEMU ended before the destination had all of it; end the destination's QEMU "
+        f"({end.request.destination_qmp}), and start the guest anew"
+    )
+
+
+def _nobody_knows(end: End) -> Iterator[str]:
+    """As after a move that was killed (docs/qemu-migration.md)."""
+    told = "was told" if end.started else "was not told"
+    yield (
+        f"nobody can say where the guest is; the destination's QEMU ({end.request.destination_qmp}) {told} "
+        "to start it. `info status` in its monitor: at running the guest is there; end the source's QEMU, "
+        "and leave out the rest"
+    )
+    yield "else end the destination's QEMU, and see that it is gone: two of the guest must never run"
+    for device in end.request.devices:
+        yield f"then `vfio-user ctl {device.source} resume`"
+    yield f"then {_REACH_SOURCE.format(end.request.source_qmp)}"
+
+
+_ADVICE: Mapping[Guest, Callable[[End], Iterator[str]]] = {
+    Guest.SOURCE: _at_source,
+    Guest.DESTINATION: _at_destination,
+    Guest.NOWHERE: _nowhere,
+    Guest.UNKNOWN: _nobody_knows,
+}

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the user of `vfio-user migrate` is told to do, for each end that a move can have."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vfio_user.client.qemu_migration.request import DeviceRequest, Request
+from vfio_user.client.qemu_migration.standing import DeviceStanding, End, Standing, advise
+from vfio_user.client.qemu_migration.whose import Guest
+
+RUNS = DeviceStanding("runs", True, True)
+STILL = DeviceStanding("stands still", False, True)
+ALONE = DeviceStanding("runs, and no VMM is connected to it", False, False)
+SILENT = DeviceStanding("does not answer")
+REQUEST = Request("/a.qmp", "/b.qmp", (DeviceRequest("nic", Path("/a"), Path("/b")),), "tcp:h:1")
+
+
+def side(state: str | None, device: DeviceStanding = RUNS) -> Standing:
+    return Standing("words", state, {"nic": device})
+
+
+GONE = side(None, ALONE)
+HOME = End(REQUEST, side("running"), GONE)
+ARRIVED = End(REQUEST, side("postmigrate", STILL), side("running"))
+
+
+@pytest.mark.parametrize(
+    ("end", "guest", "lines"),
+    [
+        (HOME, Guest.SOURCE, []),
+        (replace(HOME, source=side("paused"), was_running=False), Guest.SOURCE, []),
+        (replace(HOME, destination=side("inmigrate")), Guest.SOURCE, ["end the destination's QEMU (/b.qmp)"]),
+        (replace(HOME, destination=side(None, SILENT)), Guest.SOURCE, ["never continue it: it has a copy"]),
+        (replace(HOME, source=side("running", STILL)), Guest.SOURCE, ["ctl /a resume`: nic stands still"]),
+        (replace(HOME, source=side("running", SILENT)), Guest.SOURCE, ["look for the server of nic"]),
+        (
+            replace(HOME, source=side("postmigrate")),
+            Guest.SOURCE,
+            ["`cont` in the source's monitor"],
+        ),
+        (replace(HOME, source=side("finish-migrate")), Guest.SOURCE, ["`migrate_cancel` in the source's"]),
+        (replace(HOME, source=side("paused")), Guest.SOURCE, ["into the state paused"]),
+        (replace(HOME, source=side(None)), Guest.SOURCE, ["reach the source's monitor (/a.qmp)"]),
+        (replace(HOME, source=GONE), Guest.SOURCE, ["the guest with it: start it anew"]),
+        (
+            End(REQUEST, side(None, STILL), side(None)),
+            Guest.SOURCE,
+            ["end the destination's QEMU", "ctl /a resume", "reach the source's monitor"],
+        ),
+        (ARRIVED, Guest.DESTINATION, ["end the source's QEMU (/a.qmp); never continue it"]),
+        (replace(ARRIVED, source=GONE), Guest.DESTINATION, []),
+        (
+            replace(ARRIVED, destination=side("running", STILL)),
+            Guest.DESTINATION,
+            ["end the source's QEMU", "ctl /b resume`: nic stands still"],
+        ),
+        (replace(HOME, source=GONE), Guest.NOWHERE, ["the guest is lost"]),
+        (
+            End(REQUEST, side(None), side(None), started=True),
+            Guest.UNKNOWN,
+            [
+                "(/b.qmp) was told to start it",
+                "two of the guest must never run",
+                "then `vfio-user ctl /a resume`",
+                "then reach the source's monitor (/a.qmp)",
+            ],
+        ),
+    ],
+)
+def test_what_is_left_to_the_user(end: End, guest: Guest, lines: list[str]) -> None:
+    told = advise(end, guest)
+    assert len(told) == len(lines), told
+    for said, words in zip(told, lines, strict=True):
+        assert words in said
+        assert "\n" not in said
+
+
+def test_a_side_that_is_gone_is_said_to_be() -> None:
+    assert str(GONE) == (
+        "words, and has left its servers: it has ended; nic runs, and no VMM is connected to it"
+    )
+    assert str(side("running")) == "words; nic runs"
