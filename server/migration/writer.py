@@ -72,7 +72,12 @@ class StreamWriter:
             raise
 
     def close(self) -> None:
-        """The end of the session: memories are not watched any longer."""
+        """The end of the session: memories are not watched any longer, and may be closed.
+
+        Who keeps an exception keeps us too, by its traceback.
+        """
+        self._queue.clear()
+        self._queued = 0
         for memory in self._memories.values():
             memory.stop_log()
 

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 
 from vfio_user.device_models.device import Device
 from vfio_user.device_models.fake_host import FakeHost
+from vfio_user.device_models.regions import StreamedMemory
 from vfio_user.device_models.scratch import Scratch
 from vfio_user.device_models.state import StateError, save_sections
 from vfio_user.server.migration.reader import Staged, StreamReader
 from vfio_user.server.migration.staging import StagedMemory
 from vfio_user.server.migration.stream import BLOCK, MAX_SECTION, Shape
 from vfio_user.server.migration.writer import StreamWriter
+from vfio_user.server.shared_memory import MemfdMemory
 
 SECTION, MEMORY, ZERO, END = 1, 2, 3, 4
 Record = tuple[int, str, int, bytes]
@@ -309,6 +311,24 @@ def test_the_memory_is_not_watched_after_the_session() -> None:
     assert device.memories()["bar2"].pending
     writer.close()
     assert not device.memories()["bar2"].pending
+
+
+def test_memory_can_be_closed_after_the_session_although_somebody_keeps_its_failure() -> None:
+    """As a log does that keeps the traceback: a server that ends closes the memory of its device."""
+    shared = MemfdMemory(SIZE)
+    device = make()
+    device.regions[2] = memory = StreamedMemory(shared)  # type: ignore[index]
+    device.memories = lambda: {"bar2": memory}  # type: ignore[method-assign]
+    memory.write(0, b"\1" * SIZE)
+    writer = StreamWriter(device)
+    writer.finish()
+    writer.take(5000)
+    device.sections = lambda: 1 // 0  # type: ignore
+    with pytest.raises(ZeroDivisionError) as kept:
+        writer.take(1 << 40)
+    writer.close()
+    shared.close()
+    assert kept.value.__traceback__
 
 
 def test_saving_reads_the_memory_and_does_not_copy_it() -> None:
