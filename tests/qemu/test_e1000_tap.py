@@ -133,8 +133,12 @@ async def mean_sizes(wire: Wire, server: ServerProcess) -> list[float]:
 
 
 def check_kernel_log(log: str) -> None:
-    """The driver had nothing to complain of."""
-    complaints = ("hang", "timed out", "timeout", "WARNING", "Call Trace", "BUG", "failed", "bad checksum")
+    """The driver had nothing to complain of. A frame that took more than a second ("Tx Unit Hang") is no
+    complaint on a busy machine; a card that hangs is reset after five."""
+    complaints = (
+        *("timed out", "timeout", "Reset adapter", "WARNING"),
+        *("Call Trace", "BUG", "failed", "bad checksum"),
+    )
     lines = [line for line in log.splitlines() if "e1000" in line or "eth0" in line or "Call Trace" in line]
     assert [line for line in lines if any(word in line for word in complaints)] == []
 
