@@ -3,7 +3,7 @@
 
 A file is never changed once it is published: it stands for all the streams of its time. When a section's
 version grows, `cd tests && python -m golden.scenes` writes the next file of the model, and beside it the
-stream that carries it (`streams`).
+stream that carries it (`streams`), and their digests (`digests`), by which a change of a file is noticed.
 """
 
 import json
@@ -198,7 +198,8 @@ def renew() -> None:
 
 
 if __name__ == "__main__":
-    from golden import streams  # which reads what this has written
+    from golden import digests, streams  # which read what this has written
 
     renew()
     streams.renew()
+    digests.renew()

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """States saved by earlier versions still load, and today's version still saves what it did."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from golden import scenes
+from golden import digests, scenes
 from vfio_user.device_models.catalog import MODELS
 from vfio_user.device_models.e1000.bench import BUFFER, RX_DATA, RX_RING, Bench
 from vfio_user.device_models.e1000.descriptors import DD, PIF, RECEIVE, SIZE
@@ -51,6 +52,28 @@ def test_frames_of_version_1_reach_the_guest_marked_as_not_exactly_filtered() ->
         address, length, _, status, _, _ = RECEIVE.unpack_from(bench.memory, ring + index * SIZE)
         assert (length, status & (DD | PIF)) == (104, DD | PIF)
         assert bench.memory[address : address + 14] == scenes.MAC + scenes.PARTNER + b"\x08\x00"
+
+
+def test_no_file_has_changed_since_it_was_published() -> None:
+    assert digests.problems() == []
+
+
+def test_a_file_that_changed_went_or_has_no_line_is_named(tmp_path: Path) -> None:
+    for path in (*digests.golden_files(), digests.TABLE):
+        shutil.copy(path, tmp_path)
+    assert digests.problems(tmp_path) == []
+    changed, gone = tmp_path / "e1000-1.json", tmp_path / "scratch-1.stream"
+    changed.write_bytes(changed.read_bytes() + b"\n")
+    gone.unlink()
+    (tmp_path / "e1000-9.json").write_text("{}")
+    wanted = [
+        "e1000-1.json is not what was published: bring it back, and let the version grow",
+        "e1000-9.json has no line: cd tests && python -m golden.scenes",
+        "scratch-1.stream is gone: bring it back",
+    ]
+    assert digests.problems(tmp_path) == wanted
+    digests.renew(tmp_path)
+    assert digests.problems(tmp_path) == [wanted[0], wanted[2]], "only what is new gets a line"
 
 
 def test_every_model_has_a_file() -> None:
