@@ -19,8 +19,8 @@ HOST, GUEST = "10.9.0.1", "10.9.0.2"
 NIC = Model("e1000", "nic", tap=True)
 STOP, HOLD = "/tmp/stop", "/tmp/hold"
 HELD_WORDS = "threadirqs isolcpus=1 irqaffinity=0 rcupdate.rcu_cpu_stall_timeout=120"
-# Not among them is "Detected Tx Unit Hang": so the driver calls a frame that took more than a second, and on a
-# busy machine the last one of a full ring does. A card that hangs is reset after five seconds.
+# Not among them is "Detected Tx Unit Hang": a frame that took more than a second, as on a
+# busy machine the last one of a full ring does. A card that hangs is reset after five.
 _COMPLAINTS = ("timed out", "timeout", "warning", "call trace", "bug:", "failed", "reset", "is down")
 _HARMLESS = ("CPU speed", "mitigation")
 
