@@ -39,6 +39,8 @@ WAYS = (("v2", "v2"), ("v1", "v1"), ("v2", "v1"), ("v1", "v2"))
 """Protocol at the source and at the destination."""
 _PATIENCE = 5.0
 _LOOK_AGAIN, _TICK = 0.01, 0.002
+_UNDER_WAY = 1 << 13
+"""Most beacons that the guest has not taken yet; what a switch remembers is twice that."""
 
 
 class TourError(Exception):
@@ -115,12 +117,13 @@ class Tour:
         nursery.start_soon(self._send_beacons)
 
     async def _send_beacons(self) -> None:
-        """The network does not know that the guest stands still, or where it is."""
+        """The network does not know that the guest stands still, or where it is. It waits for a guest that
+        is too slow to take them: what is on its way has to be remembered."""
         begun, sent = trio.current_time(), 0
         while not self._leaving:
             await trio.sleep(_TICK)
             due = int((trio.current_time() - begun) * self._options.beacons)
-            for _ in range(due - sent):
+            for _ in range(min(due - sent, _UNDER_WAY - self.traffic.beacons_under_way)):
                 self._switch.send(self.traffic.beacon())
             sent = due
 

@@ -138,6 +138,11 @@ class Traffic:
         self._beacons_sent += 1
         return packets.udp(self.peer, self.me, (BEACON_PORT, _PORT), payload)
 
+    @property
+    def beacons_under_way(self) -> int:
+        """Made, and not come yet."""
+        return self._beacons_sent - self.beacons
+
     def _beacon(self, number: int) -> bytes:
         start = number % (len(self._noise) - _BEACON_SIZE)
         return number.to_bytes(_NUMBER_SIZE, "big") + self._noise[start : start + _BEACON_SIZE]

@@ -48,6 +48,19 @@ async def test_there_and_back(tmp_path_factory: pytest.TempPathFactory, shared: 
     assert [f"{move.source}{move.destination}" for move in report.moves] == ["AB", "BA"]
 
 
+async def test_a_network_that_is_faster_than_the_guest_waits_for_it(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """More than a switch remembers would be on its way, as on a machine that is very busy."""
+    options = TourOptions(dwell=0.2, ring=64, rate=1e9, beacons=1e6, vmm=VmmOptions(MEMORY))
+    async with open_tour(tmp_path_factory.mktemp("t"), options) as tour:
+        for way in (("v2", "v2"), ("v1", "v1")):
+            await tour.dwell()
+            await tour.move(way)
+        report = await tour.finish()
+    assert report.problem() == ""
+
+
 async def test_a_server_that_has_ended_is_named(tmp_path: Path) -> None:
     said = ""
     try:
