@@ -40,7 +40,8 @@ class MachineOptions:
     `memory_mib` is the size of guest memory. `files` maps a path in the guest to contents or to a file here.
     `netns` names a network namespace (`ip netns`) that QEMU is to run in. `quiet` keeps the kernel's
     messages off the console; `kernel_words` go to the kernel's command line (`nodrivers`: load none).
-    `incoming` is `defer` or a URI of QEMU's: the machine waits, stopped, for a guest that is moved to it.
+    `incoming` is `defer` or a URI of QEMU's: the machine waits for a guest that is moved to it; with
+    `keep_stopped` (QEMU's -S) it is not for QEMU alone to start that guest.
     """
 
     chipset: Chipset = "q35"
@@ -55,6 +56,7 @@ class MachineOptions:
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
     reboot: bool = True
     incoming: str = ""
+    keep_stopped: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,16 @@ def qemu_words(options: MachineOptions, paths: MachinePaths, agent_fd: int) -> l
         *("-chardev", f"socket,id=agent,fd={agent_fd}", "-serial", "chardev:agent"),
         *("-qmp", f"unix:{paths.qmp},server=on,wait=off"),
         *([] if options.reboot else ["-no-reboot"]),
-        *(["-incoming", options.incoming, "-S"] if options.incoming else []),
+        *_incoming_words(options),
         *device_words(options),
         *options.extra,
     ]
+
+
+def _incoming_words(options: MachineOptions) -> list[str]:
+    if not options.incoming:
+        return []
+    return ["-incoming", options.incoming, *(["-S"] if options.keep_stopped else [])]
 
 
 def _kernel_line(options: MachineOptions) -> str:

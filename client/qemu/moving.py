@@ -108,10 +108,10 @@ class Moving:
         self.here = await self._open(self.places[0], self.options)
         await self.guest.wait_boot()
 
-    async def prepare(self, incoming: str = "defer") -> Side:
+    async def prepare(self, incoming: str = "defer", *, keep_stopped: bool = True) -> Side:
         """A destination at the other place: its QEMU waits for the guest."""
         other = next(place for place in self.places if place is not self.here.place)
-        side = await self._open(other, replace(self.options, incoming=incoming))
+        side = await self._open(other, replace(self.options, incoming=incoming, keep_stopped=keep_stopped))
         with trio.fail_after(120):
             while not side.place.namespace.listens(side.qmp):
                 if side.machine.child.popen.poll() is not None:

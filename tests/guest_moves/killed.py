@@ -44,6 +44,9 @@ async def give_back(request: Request) -> str:
         await qmp.execute("cont" if found == "postmigrate" else "migrate_cancel")
         while not (await qmp.execute("query-status"))["running"]:  # noqa: ASYNC110
             await trio.sleep(0.02)
+        kept = {"pause-before-switchover": False, "events": False}
+        rows = [{"capability": name, "state": state} for name, state in kept.items()]
+        await qmp.execute("migrate-set-capabilities", capabilities=rows)
     return found
 
 

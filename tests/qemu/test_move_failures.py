@@ -13,8 +13,10 @@ from guest_moves.by_qemu import set_bandwidth
 from guest_moves.by_tool import move, request
 from guest_moves.counts import SOAK
 from guest_moves.cut_wire import Wire, open_wire
+from guest_moves.killed import give_back, killed_at
 from guest_moves.nic import GUEST, HOST, NIC, complaints
 from guest_moves.pinger import Pinger, pinging
+from vfio_user.client.control import open_control
 from vfio_user.client.qemu.command import MachineOptions
 from vfio_user.client.qemu.lab import Lab
 from vfio_user.client.qemu.moving import Moving, Side, one_host, open_moving
@@ -23,7 +25,7 @@ from vfio_user.client.qemu.traffic import bring_up
 from vfio_user.client.qemu_migration.migrate import GuestMigration
 from vfio_user.client.qemu_migration.qmp import Qmp, QmpLost, open_qmp
 from vfio_user.client.qemu_migration.report import Outcome, Progress, Report, Step
-from vfio_user.client.qemu_migration.request import Limits
+from vfio_user.client.qemu_migration.request import Limits, Writes
 
 pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -196,9 +198,30 @@ async def test_the_source_goes_on(lab: Lab, namespace: Namespace) -> None:
         await moving.guest.check("true")
         assert complaints(await moving.guest.kernel_log()) == []
         await set_bandwidth(moving.here)
-        await move(moving)
+        await killed_before_the_start(moving, pinger)
+        await move(moving, destination=await moving.prepare(keep_stopped=False))
         await pinger.next_answer()
         await the_source_server_dies(moving)
+
+
+async def killed_before_the_start(moving: Moving, pinger: Pinger) -> None:
+    """The tool is killed when all is at the destination, whose QEMU was started without -S: nothing starts
+    there, and the source has its guest back by hand, as the docs say."""
+    destination = await moving.prepare(keep_stopped=False)
+    wanted = request(moving, destination, Writes.HAND_OVER)
+    await killed_at(Step.RESTORE, wanted)
+    async with open_qmp(wanted.destination_qmp) as qmp:
+        assert (await qmp.execute("query-migrate"))["status"] == "completed"
+        for _ in range(10):
+            assert (await qmp.execute("query-status"))["status"] == "paused"
+            await trio.sleep(0.05)
+    async with open_control(moving.here.controls[NIC.id]) as control:
+        state = await control.call("state")
+    assert (state["dirty_log"]["owner"], state["write_through"], state["running"]) == (None, False, False)
+    assert await give_back(wanted) == "postmigrate"
+    await pinger.next_answer()
+    await destination.close()
+    assert complaints(await moving.guest.kernel_log()) == []
 
 
 async def the_source_server_dies(moving: Moving) -> None:
