@@ -44,7 +44,8 @@ async def write_report(move: Move, outcome: Outcome, failure: Failure | None, gu
     ram, qemu_downtime = await _figures(move)
     trail = move.trail
     source, destination = await look(move, move.source), await look(move, move.destination)
-    end = End(move.request, source, destination, move.was_running, move.started)
+    owed = move.settings[0].owed if move.settings else ()
+    end = End(move.request, source, destination, move.was_running, move.started, owed)
     return Report(
         outcome=outcome,
         guest=guest.value,

@@ -42,6 +42,16 @@ class Settings:
             await self._side.qmp.execute("migrate-set-parameters", **self._parameters)
             self._parameters = {}
 
+    @property
+    def owed(self) -> tuple[str, ...]:
+        """Lines for QEMU's monitor that put back what has not been put back."""
+        capabilities = (
+            f"migrate_set_capability {name} {'on' if on else 'off'}"
+            for name, on in self._capabilities.items()
+        )
+        parameters = (f"migrate_set_parameter {name} {value}" for name, value in self._parameters.items())
+        return *capabilities, *parameters
+
     async def _send_capabilities(self, values: Mapping[str, bool]) -> None:
         rows = [{"capability": name, "state": on} for name, on in values.items()]
         await self._side.qmp.execute("migrate-set-capabilities", capabilities=rows)

@@ -98,13 +98,15 @@ def _in_words(state: Mapping[str, Any]) -> DeviceStanding:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """`was_running`: the guest ran when the move began; `started`: the destination was told to start it."""
+    """`was_running`: the guest ran when the move began; `started`: the destination was told to start it;
+    `owed`: lines for the source's monitor that put back what the move has set."""
 
     request: Request
     source: Standing
     destination: Standing
     was_running: bool = True
     started: bool = False
+    owed: tuple[str, ...] = ()
 
 
 def advise(end: End, guest: Guest) -> tuple[str, ...]:
@@ -120,6 +122,7 @@ def _at_source(end: End) -> Iterator[str]:
         )
     yield from _resume_by_hand(end.source, {one.id: one.source for one in end.request.devices})
     yield from _run_by_hand(end)
+    yield from _put_back_by_hand(end)
 
 
 def _resume_by_hand(standing: Standing, controls: Mapping[str, Path]) -> Iterator[str]:
@@ -181,6 +184,12 @@ def _nobody_knows(end: End) -> Iterator[str]:
     for device in end.request.devices:
         yield f"then `vfio-user ctl {device.source} resume`"
     yield f"then {_REACH_SOURCE.format(end.request.source_qmp)}"
+    yield from _put_back_by_hand(end)
+
+
+def _put_back_by_hand(end: End) -> Iterator[str]:
+    for line in () if end.source.gone else end.owed:
+        yield f"`{line}` in the source's monitor ({end.request.source_qmp}), as it was before the move"
 
 
 _ADVICE: Mapping[Guest, Callable[[End], Iterator[str]]] = {

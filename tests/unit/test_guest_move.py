@@ -491,6 +491,23 @@ async def test_cont_without_an_answer_and_nobody_to_ask(scene: Scene) -> None:
     assert report.by_hand[2] == f"then `vfio-user ctl {scene.servers[0].control_path} resume`"
 
 
+async def test_what_qemu_does_not_take_back_is_said(scene: Scene) -> None:
+    async def refuse(_qemu: FakeQemu) -> None:
+        raise Refusal("not now")
+
+    scene.limits = Limits(downtime=77, timeout=5, recovery=3)
+    scene.at(Step.PRECOPY, lambda: scene.source.hooks.update({"migrate-set-capabilities": refuse}))
+    scene.source.hooks["finish"] = lambda qemu: qemu.fail("failed")
+    report = await scene.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "source"), report
+    said = [line.partition("` in the source's monitor")[0] for line in report.by_hand]
+    assert said == [
+        "`migrate_set_capability events off",
+        "`migrate_set_capability pause-before-switchover off",
+        "`migrate_set_parameter downtime-limit 300",
+    ]
+
+
 async def test_nobody_says_who_has_the_guest(scene: Scene) -> None:
     """The source's monitor hangs in the last pass."""
 

@@ -31,6 +31,9 @@ ARRIVED = End(REQUEST, side("postmigrate", STILL), side("running"))
     [
         (HOME, Guest.SOURCE, []),
         (replace(HOME, source=side("paused"), was_running=False), Guest.SOURCE, []),
+        (replace(HOME, owed=("set x",)), Guest.SOURCE, ["`set x` in the source's monitor (/a.qmp)"]),
+        (replace(HOME, source=GONE, owed=("set x",)), Guest.SOURCE, ["start it anew"]),
+        (replace(ARRIVED, owed=("set x",)), Guest.DESTINATION, ["end the source's QEMU"]),
         (replace(HOME, destination=side("inmigrate")), Guest.SOURCE, ["end the destination's QEMU (/b.qmp)"]),
         (replace(HOME, destination=side(None, SILENT)), Guest.SOURCE, ["never continue it: it has a copy"]),
         (replace(HOME, source=side("running", STILL)), Guest.SOURCE, ["ctl /a resume`: nic stands still"]),
