@@ -12,14 +12,16 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "migration.md"
 _BLOCK = re.compile(r"^```python file=(\w+)\.py\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def test_the_tests_of_the_page_pass(pytester: pytest.Pytester) -> None:
+@pytest.mark.parametrize("without", [(), ("-p", "no:trio")], ids=["with pytest-trio", "without"])
+def test_the_tests_of_the_page_pass(pytester: pytest.Pytester, without: tuple[str, ...]) -> None:
+    """With nothing set, as in a project that has never heard of trio."""
     files = dict(_BLOCK.findall(PAGE.read_text()))
     assert files.keys() == {"test_client", "test_scratch", "test_by_hand"}
-    pytester.makeini("[pytest]\ntrio_mode = true\n")
+    pytester.makeini("[pytest]\n")
     pytester.makepyfile(**files)
     # A short path: the tests have UNIX sockets in theirs, and those end at 107 bytes.
     with tempfile.TemporaryDirectory(prefix="page-", dir="/tmp") as short:
-        words = ("-q", "-p", "no:cacheprovider", f"--basetemp={short}/base")
+        words = ("-q", "-p", "no:cacheprovider", *without, f"--basetemp={short}/base")
         pytester.runpytest_subprocess(*words).assert_outcomes(passed=4)
 
 

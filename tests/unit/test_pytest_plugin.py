@@ -125,6 +125,50 @@ def test_plain_tests_and_trio_tests(project: pytest.Pytester) -> None:
     run(project, "--vfio-user-moves=3").assert_outcomes(passed=3)
 
 
+def test_coroutines_need_no_other_plugin(project: pytest.Pytester) -> None:
+    project.makeini("[pytest]\nfilterwarnings = error\n")
+    project.makepyfile(test_counter=TESTS)
+    words = ("--vfio-user-moves=1", "-k", "trio")
+    run(project, *words, "-p", "no:trio").assert_outcomes(passed=1, deselected=2)
+    run(project, *words).assert_outcomes(passed=1, deselected=2)
+    project.makepyfile(test_counter=TESTS.replace("== 42", "== 43"))
+    failed = run(project, *words, "-p", "no:trio")
+    failed.assert_outcomes(failed=1, deselected=2)
+    assert "/testing/" not in failed.stdout.str()
+    failed.stdout.fnmatch_lines(["*repeat it with --vfio-user-seed=*"])
+
+
+UNDER_ASYNCIO = """
+import asyncio
+
+def test_it(vfio_migration):
+    async def main():
+        async with vfio_migration.open("scratch"):
+            pass
+    asyncio.run(main())
+"""
+
+
+def test_under_another_event_loop_it_says_so(project: pytest.Pytester) -> None:
+    project.makepyfile(test_loop=UNDER_ASYNCIO)
+    done = run(project)
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(["*RuntimeError: this runs under trio*take `run`*"])
+
+
+def test_a_seed_repeats_the_choices_under_another_name(project: pytest.Pytester) -> None:
+    """Also in another file, and with other tests before it."""
+    project.makepyfile(test_counter=FAILING)
+    first = run(project).stdout.str()
+    seed = re.findall(r"--vfio-user-seed=\d+", first)[0]
+    (project.path / "test_counter.py").unlink()
+    renamed = "def test_before(vfio_migration):\n    pass\n" + FAILING.replace("test_it", "test_renamed")
+    project.makepyfile(test_other=renamed)
+    again = run(project, seed).stdout.str()
+    moves = [re.findall(r"move \d+: [^:\n]*", output)[0] for output in (first, again)]
+    assert moves[0] == moves[1]
+
+
 def test_in_processes_of_their_own_that_find_the_model(project: pytest.Pytester) -> None:
     project.makepyfile(test_counter=TESTS)
     run(project, "--vfio-user-apart", "-k", "by_name").assert_outcomes(passed=1, deselected=2)
@@ -187,4 +231,4 @@ def test_wrong_options(pytester: pytest.Pytester, words: list[str]) -> None:
 def test_the_plugin_itself_imports_only_pytest() -> None:
     source = (Path(__file__).parents[2] / "testing" / "pytest_plugin.py").read_text()
     top = re.findall(r"^(?:from|import) ([\w.]+)", source, re.MULTILINE)
-    assert top == ["typing", "pytest"]
+    assert top == ["inspect", "typing", "pytest"]

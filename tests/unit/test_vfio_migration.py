@@ -27,7 +27,7 @@ def tester() -> Tester:
     """Makes one with a seed of its own."""
 
     def make(seed: int = 1, *, apart: bool = False) -> MigrationTester:
-        return MigrationTester(name="test", seed=seed, moves=2, apart=apart)
+        return MigrationTester(seed=seed, moves=2, apart=apart)
 
     return make
 
