@@ -159,6 +159,9 @@ class Engine(Generic[H]):
         """Do once all that can be done without waiting. Returns whether there was anything to do."""
         raise NotImplementedError
 
+    def while_idle(self) -> None:
+        """Something short that will be wanted: nothing has come for a moment, and nobody wants the CPU."""
+
     def run_timers(self) -> None:
         """For `turn`: fire what is due."""
         if self.host.timers.pending:
@@ -175,6 +178,8 @@ class Engine(Generic[H]):
                 self._worked = True
             elif not self._spin.look_again(idle_since):
                 return True
+            elif not self._spin.crowded:
+                self.while_idle()
         return False
 
     async def run(self) -> None:

@@ -170,6 +170,11 @@ class NativeServer(Engine[ServerHost]):
         if channel.congested:
             self.poller.unregister(channel.fileno())
 
+    def while_idle(self) -> None:
+        """Make ready what a client that reads the device's state will ask for next."""
+        if self._channel is not None and not self._channel.pending:
+            self.host.migration.prepare()
+
     def turn(self) -> bool:
         """Do once all that can be done without waiting. Returns whether there was anything to do."""
         tasks = self.host.tasks

@@ -11,6 +11,7 @@ import os
 import time
 
 CROWDED = 200_000  # ns: a client on our CPU needs a few microseconds for its next request
+WANTED = 20_000  # ns: somebody had something to do
 RETREAT = 2_000_000  # ns without spinning on a crowded CPU
 
 
@@ -20,6 +21,8 @@ class Spin:
     def __init__(self, length_ns: int) -> None:
         self._length = length_ns
         self._crowded_until = 0
+        self.crowded = False
+        """The last look gave the CPU to somebody who needed it."""
 
     def look_again(self, idle_since: int) -> bool:
         """Let others run for a moment and say True, or say False: sleep. Times are of `monotonic_ns`."""
@@ -28,6 +31,7 @@ class Spin:
             return False
         os.sched_yield()
         back = time.monotonic_ns()
+        self.crowded = back - now > WANTED
         if back - now > CROWDED:
             self._crowded_until = back + RETREAT
         return True

@@ -186,6 +186,11 @@ class MigrationEngine:
         except Exception as error:
             raise _as_device_error("saving", error) from error
 
+    def prepare(self) -> None:
+        """There is nothing to do, as while the client takes what it has read: make ready the next block."""
+        if self._writer is not None and self.state is _S.STOP_COPY:
+            self._writer.prepare()
+
     def _session(self) -> StreamWriter:
         if self._writer is None:
             raise DeviceError(f"there is nothing to read in {self.state.name}")

@@ -59,6 +59,8 @@ class StreamWriter:
         self._hash = xxhash.xxh3_128()
         self._records = 0
         self._finishing = self._ended = False
+        self._failure: Exception | None = None
+        """Of `prepare`."""
         self._expected = 0
         """Bytes of the sections, roughly, while they are still to come."""
         model = device.model.encode()
@@ -78,6 +80,7 @@ class StreamWriter:
         """
         self._queue.clear()
         self._queued = 0
+        self._failure = None
         for memory in self._memories.values():
             memory.stop_log()
 
@@ -110,6 +113,7 @@ class StreamWriter:
         Once the session is finishing they may be views of the device's memory: they are to be sent before
         the device can go on.
         """
+        self._raise_failure()
         self._looks = _LOOK
         while self._queued < size and self._produce():
             pass
@@ -125,8 +129,25 @@ class StreamWriter:
             size -= len(piece)
         return taken
 
+    def prepare(self) -> None:
+        """The device stands still: put the next block of its memories into the queue, if that is short."""
+        if self._queued >= BLOCK or self._failure is not None:
+            return
+        self._looks = _LOOK
+        try:
+            self._next_block()
+            self._seal()  # counted in the digest now, rather than when it is wanted
+        except Exception as error:
+            self._failure = error  # for who reads
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
     def take_record(self) -> bytes:
         """What is queued, else the next record: a copy, so that the device may go on. Empty: as `take`."""
+        self._raise_failure()
         self._looks = _LOOK
         if not self._queued:
             self._produce()
@@ -142,6 +163,7 @@ class StreamWriter:
             return True
         if not self._finishing or self._ended:
             return False
+        self._keep()
         self._settle()  # which may write to a memory
         if not self._next_block():
             self._end()
@@ -195,6 +217,12 @@ class StreamWriter:
             # While the device runs it would write into what has been counted in the digest.
             self._append(data if self._finishing else bytes(data))
         self._queued += len(data)
+
+    def _keep(self) -> None:
+        """A copy of what waits, which was counted in the digest: memories may change now."""
+        self._seal()
+        if self._queue:
+            self._queue = deque((memoryview(b"".join(self._queue)),))
 
     def _seal(self) -> None:
         """Nothing more is put together with the tail."""

@@ -15,7 +15,7 @@ from vfio_user.device_models.device import Host, OptionError
 from vfio_user.device_models.faulty import Faulty
 from vfio_user.device_models.scratch import Scratch
 from vfio_user.protocol import codec
-from vfio_user.protocol.constants import Command
+from vfio_user.protocol.constants import Command, MigrationState
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.server.engines import native
 from vfio_user.server.engines.native import NativeServer, Settings
@@ -175,3 +175,20 @@ def test_an_unusable_option_of_a_device_stays_what_it_is() -> None:
 
     with NativeServer() as server, pytest.raises(OptionError, match="not like this"):
         server.install(make)
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_the_next_piece_of_a_state_is_made_ready_while_the_client_reads(
+    server: NativeServer, client: socket.socket, monkeypatch: pytest.MonkeyPatch, crowded: bool
+) -> None:
+    """Where nobody else wants our CPU: the client may be on it."""
+    assert served(server, client)
+    migration = server.host.migration
+    migration.set_state(MigrationState.STOP_COPY)
+    prepared: list[str] = []
+    monkeypatch.setattr(migration, "prepare", lambda: prepared.append(migration.state.name))
+    looks = iter([True, False])
+    monkeypatch.setattr(server._spin, "look_again", lambda _since: next(looks))
+    monkeypatch.setattr(server._spin, "crowded", crowded)
+    assert server._work()
+    assert prepared == ([] if crowded else ["STOP_COPY"])
