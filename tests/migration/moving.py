@@ -5,6 +5,7 @@ import contextlib
 import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,12 +157,22 @@ class Yard:
     async def start(
         self, server: Server, ram: GuestRam | None = None, options: VmmOptions | None = None
     ) -> Attachment:
-        return await attach(self._nursery, server.path, options or self.options, ram=ram)
+        return await self._attach(server, ram, options, incoming=False)
 
     async def incoming(
         self, server: Server, ram: GuestRam | None = None, options: VmmOptions | None = None
     ) -> Attachment:
-        return await attach(self._nursery, server.path, options or self.options, ram=ram, incoming=True)
+        return await self._attach(server, ram, options, incoming=True)
+
+    async def _attach(
+        self, server: Server, ram: GuestRam | None, options: VmmOptions | None, *, incoming: bool
+    ) -> Attachment:
+        """Nothing fails here on purpose: a busy machine gets more time than what is tested."""
+        wanted = options or self.options
+        patient = replace(wanted, timeout=max(wanted.timeout, PATIENCE))
+        attachment = await attach(self._nursery, server.path, patient, ram=ram, incoming=incoming)
+        attachment.vmm.client.link.timeout = wanted.timeout
+        return attachment
 
 
 @contextlib.asynccontextmanager
