@@ -29,12 +29,12 @@ async def begin_scribbling(guest: Machine, rate: int) -> list[int]:
     await guest.check("[ -e /huge ] || { mkdir /huge && mount -t hugetlbfs none /huge; }")
     await guest.check("basename $(dirname $(grep -l 0x5c81 /sys/bus/pci/devices/*/device)) > /tmp/scribbler")
     await guest.check(f"echo 1 > {_RESOURCE}/enable && setpci -s $(cat /tmp/scribbler) COMMAND=6")
-    return [int(line, 16) for line in (await guest.check(f"scribble begin {_RESOURCE} {rate}")).split()]
+    return [int(line, 16) for line in (await guest.check(f"scribble begin {_RESOURCE} {rate}", 300)).split()]
 
 
 async def check_scribbling(guest: Machine) -> dict[str, int]:
     """Ends both. Pages that were written, and of all pages those without what the records say."""
-    _, text = await guest.run(f"scribble check {_RESOURCE}", 60)
+    _, text = await guest.run(f"scribble check {_RESOURCE}", 300)
     words = text.split()
     assert words[:1] == ["pages"], text
     return dict(zip(words[::2], map(int, words[1::2]), strict=True))
