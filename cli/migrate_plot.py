@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vfio_user.cli.migrate_tables import MIB, PARTS
-from vfio_user.cli.plots import COLOURS, open_figure
+from vfio_user.cli.plots import COLOURS, label_above, open_figure
 from vfio_user.client.qemu_migration.report import Report, Step
 
 if TYPE_CHECKING:
@@ -22,31 +22,36 @@ def draw(report: Report, path: Path) -> None:
             axes.set_xlim(0, report.seconds)
             axes.set_ylim(0)
             axes.set_xlabel("seconds")
-            axes.legend(loc="upper right", fontsize=8)
         _draw_parts(parts, report)
 
 
 def _draw_memory(axes: "Axes", report: Report) -> None:
     looks = [one for one in report.samples if one.step is Step.PRECOPY and one.total]
-    axes.set_title("Guest memory")
     axes.set_ylabel("MiB")
     for name, colour in (("left", COLOURS[0]), ("sent", COLOURS[5])):
         values = [getattr(one, name) / MIB for one in looks]
         axes.plot([one.seconds for one in looks], values, color=colour, label=name, marker=".")
     for one in report.rounds:
         axes.axvline(one.at / 1000, color="#bbbbbb", linewidth=0.8, zorder=0)
+    label_above(axes, "Guest memory; a grey line where a pass over it begins")
 
 
 def _draw_devices(axes: "Axes", report: Report) -> None:
     looks = [one for one in report.samples if one.step is Step.PRECOPY]
-    axes.set_title("Devices: pages that only their servers know of, and the states that have come over")
+    states = axes.twinx()
     seconds = [one.seconds for one in looks]
-    axes.step(seconds, [one.device_pages for one in looks], color=COLOURS[2], label="pages in the logs")
-    axes.plot(seconds, [one.state / 1024 for one in looks], color=COLOURS[1], label="KiB of state")
+    axes.step(seconds, [one.device_pages for one in looks], color=COLOURS[2])
+    axes.set_ylabel("pages in the logs", color=COLOURS[2])
+    states.plot(seconds, [one.state / 1024 for one in looks], color=COLOURS[0], linestyle="--")
+    states.set_ylabel("KiB of state", color=COLOURS[0])
+    states.set_ylim(0)
+    axes.set_title(
+        "Devices: pages that only their servers know of, and the states that have come over", loc="left"
+    )
 
 
 def _draw_parts(axes: "Axes", report: Report) -> None:
-    axes.set_title("Downtime")
+    axes.set_title("Downtime", loc="left")
     begin = 0.0
     for part, colour in zip(PARTS, COLOURS, strict=False):
         width = getattr(report.downtime, part)

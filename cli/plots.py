@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 KINDS = (".png", ".svg")
@@ -33,6 +34,12 @@ def check_plot(path: Path) -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise PlotError(f"--plot needs matplotlib ({error}): pip install 'vfio-user[plot]'") from None
+
+
+def label_above(axes: "Axes", title: str, columns: int = 2) -> None:
+    """The title at the left, the legend at the right of it: over no curve."""
+    axes.set_title(title, loc="left")
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns, fontsize=8, frameon=False)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the demo shows of its migrations: tables, the picture, and what is said when there can be none."""
 
+import itertools
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from rich.console import Console
 from rich.table import Table
 
@@ -132,6 +135,30 @@ def test_an_svg(tmp_path: Path) -> None:
     first = path.read_bytes()
     draw(REPORT, path)
     assert path.read_bytes() == first  # no date, no random names
+
+
+@pytest.mark.parametrize("moves", [1, 4, 6, 8, 9, 40])
+def test_no_text_lies_on_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
+    """Of so many moves side by side, each as the first one."""
+    pages: list[Figure] = []
+    first = REPORT.moves[0]
+    later = [replace(first, begun=4.0 * n, paused=4.0 * n + 0.9, ended=4.0 * n + 1) for n in range(moves)]
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: pages.append(figure))
+    draw(replace(REPORT, moves=tuple(later), rates=(40,) * moves * 400), tmp_path / "run.png")
+    pages[0].draw_without_rendering()
+    for axes in pages[0].axes:
+        texts = [one for one in axes.get_children() if isinstance(one, Text)] + axes.get_yticklabels()
+        if legend := axes.get_legend():
+            texts += legend.get_texts()
+        shown = [text for text in texts if text.get_text() and text.get_visible()]
+        pairs = itertools.combinations(shown, 2)
+        overlaps = [
+            (one.get_text(), other.get_text())
+            for one, other in pairs
+            if one.get_window_extent().overlaps(other.get_window_extent())
+        ]
+        assert overlaps == []
+    assert len(pages[0].axes[0].texts) == (2 * moves if moves <= 6 else 0)
 
 
 def test_a_png(tmp_path: Path) -> None:
