@@ -149,13 +149,17 @@ class RawClient:
             os.close(self._fds.pop())
 
 
+_NOT_YET = (errno.EAGAIN, errno.ECONNREFUSED, errno.ENOENT)
+
+
 async def _open_socket(path: Path) -> trio.socket.SocketType:
-    """A connection; waits while so many clients wait that no more can: EAGAIN, which trio does not know."""
+    """A connection; waits while so many clients wait that no more can (EAGAIN, which trio does not know), and
+    while nobody listens: libvfio-user's next client gets another context."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     try:
         with in_time():
-            while sock.connect_ex(os.fspath(path)) == errno.EAGAIN:  # noqa: ASYNC110  # nobody tells
+            while sock.connect_ex(os.fspath(path)) in _NOT_YET:  # noqa: ASYNC110  # nobody tells
                 await trio.sleep(0.001)
         sock.getpeername()
     except BaseException:
@@ -170,6 +174,25 @@ async def connect(path: Path, *, negotiated: bool = True) -> AsyncIterator[RawCl
     try:
         if negotiated:
             await client.negotiate()
+        yield client
+    finally:
+        client.shut()
+
+
+@contextlib.asynccontextmanager
+async def connect_next(path: Path) -> AsyncIterator[RawClient]:
+    """`connect` after another client: libvfio-user's next one gets another context, and who has been too fast
+    for that is cut off, and has to connect again."""
+    client = None
+    with in_time():
+        while client is None:
+            client = RawClient(await _open_socket(path))
+            try:
+                await client.negotiate()
+            except (ConnectionError, EOFError):
+                client.shut()
+                client = None
+    try:
         yield client
     finally:
         client.shut()

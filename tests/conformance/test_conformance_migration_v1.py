@@ -50,7 +50,7 @@ from conformance.moving import (
     write_stream,
     write_words,
 )
-from conformance.raw import RawClient, connect
+from conformance.raw import RawClient, connect, connect_next
 from vfio_user.device_models.scratch import Scratch
 
 MiB = 1 << 20
@@ -675,7 +675,7 @@ async def test_a_client_that_vanishes_leaves_the_device_to_the_next(scratch: Ser
         await read_field(raw, OFFSET)
         if state == V1_RESUMING:
             await write_data(raw, parts[0])
-    async with connect(scratch.path) as raw:
+    async with connect_next(scratch.path) as raw:
         stands = state in (V1_STOP, V1_SAVING)  # it may have been moved away
         assert await read_field(raw, DEVICE_STATE) == (V1_STOP if stands else V1_RUNNING)
         assert await read_error(raw, DATA, 1) == errno.EINVAL
@@ -691,7 +691,7 @@ async def test_a_mapping_that_was_kept_shows_nothing_of_the_next_client(scratch:
     async with connect(scratch.path) as raw:
         mapped = await map_data(raw)
     with mapped:
-        async with connect(scratch.path) as raw:
+        async with connect_next(scratch.path) as raw:
             parts = await saved_parts(raw)
             assert parts[0]
         assert mapped[:] == bytes(DATA_SIZE)
