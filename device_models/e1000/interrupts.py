@@ -4,8 +4,10 @@
 Two mechanisms delay an interrupt. The delay timers (RDTR and RADV, TIDV and TADV) hold a cause back, the
 throttle (ITR) holds the pin back: it rises at most once in the interval. Under INTx every interrupt costs
 a VMM several synchronous register reads, so the throttle decides the throughput. A floor of the server's
-own may make the interval longer than the guest asked for.
+own may make the interval longer than the guest asked for, unless the receive ring runs out of descriptors.
 """
+
+from collections.abc import Callable
 
 from vfio_user.device_models.device import Host
 from vfio_user.device_models.e1000.bits import Cause
@@ -30,6 +32,9 @@ class Causes:
         self._icr, self._ims, self._itr = file.cell("ICR"), file.cell("IMS"), file.cell("ITR")
         self._timer: Timer | None = None
         self.floor = floor
+        self.ring_runs_out: Callable[[], bool] = lambda: False
+        """Whether few receive descriptors are left at the moment. Then no floor of ours holds the guest up,
+        which gives them back when it is interrupted: frames would have to wait."""
         self.not_before = 0
         """Device time at which the pin may rise next."""
         self.fired = 0
@@ -79,15 +84,23 @@ class Causes:
 
     def update(self) -> None:
         """Bring the pin to what ICR and IMS say: down at once, up when the throttle allows."""
-        if not self._icr.value & self._ims.value:
+        pending = self._icr.value & self._ims.value
+        if not pending:
             if self._pin.level:
                 self._pin.set_level(False)
-        elif not self._pin.level and self._timer is None:
-            now = self._host.clock()
-            if now >= self.not_before:
-                self._raise(now)
-            else:
-                self._timer = self._host.call_at(self.not_before, self._throttle_over)
+        elif not self._pin.level:
+            hurries = bool(pending & Cause.RXDMT0) and self.ring_runs_out()
+            if self._timer is None or hurries:
+                self._raise_when_due(hurries)
+
+    def _raise_when_due(self, hurries: bool) -> None:
+        self._stop_timer()
+        waived = max(0, self.floor - self._itr.value * ITR_UNIT) if hurries else 0
+        now, due = self._host.clock(), self.not_before - waived
+        if now >= due:
+            self._raise(now)
+        else:
+            self._timer = self._host.call_at(due, self._throttle_over)
 
     def _raise(self, now: int) -> None:
         self.not_before = now + self.interval()

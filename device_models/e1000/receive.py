@@ -62,6 +62,14 @@ class Receiver:
         self.buffer = PacketBuffer(host, port, file, causes, statistics, self.ring, self.work)
         self._limit = BATCH
         self.dma_errors = 0
+        causes.ring_runs_out = self._runs_out
+
+    def _runs_out(self) -> bool:
+        return self.ring.owned <= self._few()
+
+    def _few(self) -> int:
+        """The receive descriptor minimum threshold (RCTL.RDMTS), in descriptors."""
+        return self.ring.count >> 1 + (self._rctl.value >> Rctl.RDMTS_SHIFT & 3)
 
     def ring_moved(self) -> None:
         """The guest has written the ring's base, length or head: what was read is void."""
@@ -256,10 +264,9 @@ class Receiver:
         ring, causes, small = self.ring, 0, self._small.value
         if small and any(len(frame) <= small for frame, _ in islice(self.buffer.frames, batch.frames)):
             causes = Cause.SRPD
-        threshold = ring.count >> 1 + (self._rctl.value >> Rctl.RDMTS_SHIFT & 3)
-        before = ring.owned
+        few, before = self._few(), ring.owned
         ring.advance(batch.used)
-        if before - batch.used <= threshold < before:
+        if before - batch.used <= few < before:
             causes |= Cause.RXDMT0
         if batch.frames == len(self.buffer.frames):
             self._limit = BATCH

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vfio_user.device_models.e1000.bench import DATA, IDE, IFCS, RS, Bench
-from vfio_user.device_models.e1000.bits import Cause
+from vfio_user.device_models.e1000.bits import Cause, Rctl
 
 MILLISECOND = 1_000_000
 FRAME = b"\xff" * 60
@@ -128,6 +128,49 @@ def test_a_floor_makes_the_guests_interval_longer_but_never_shorter() -> None:
         bench.write("ICS", Cause.TXDW)
         cause_again(bench)
         assert rise_after(bench, 10 * MILLISECOND) == expected
+
+
+def received_until(bench: Bench, frames: int, rctl: int = Rctl.BAM) -> bool:
+    """Whether the line has risen once so many more frames are in a ring of 64, long before the floor ends."""
+    bench.start(rx=64, rctl=rctl)
+    bench.write("IMS", Cause.RXT0 | Cause.RXDMT0)
+    bench.deliver(FRAME)
+    assert bench.host.irq_level
+    bench.read("ICR")
+    bench.deliver(*[FRAME] * frames)
+    return bench.host.irq_level
+
+
+@pytest.mark.parametrize(
+    ("share", "frames"), [(0, 31), (1, 47), (2, 55)], ids=["half", "a quarter", "an eighth"]
+)
+def test_a_floor_does_not_hold_back_what_empties_a_full_ring(share: int, frames: int) -> None:
+    """63 descriptors are the device's at first; RCTL.RDMTS says what share of 64 is few."""
+    threshold = Rctl.BAM | share << Rctl.RDMTS_SHIFT
+    for count, risen in ((frames - 2, False), (frames, True)):
+        assert received_until(Bench(itr=5 * MILLISECOND), count, threshold) == risen
+
+
+def test_the_guests_own_interval_holds_for_a_full_ring_too() -> None:
+    bench = Bench(itr=5 * MILLISECOND)
+    bench.write("ITR", 1000)  # 256 us
+    assert not received_until(bench, 50)
+    assert rise_after(bench, 10 * MILLISECOND) == 256_000
+
+
+def test_a_ring_that_was_filled_again_does_not_hurry() -> None:
+    """The cause is still there from when it was nearly empty; the guest has seen to it since."""
+    bench = Bench(itr=5 * MILLISECOND)
+    bench.start(rx=64)
+    bench.write("IMS", Cause.RXT0 | Cause.RXDMT0)
+    bench.deliver(FRAME)
+    bench.read("ICR")
+    bench.write("IMC", Cause.RXT0 | Cause.RXDMT0)
+    bench.deliver(*[FRAME] * 50)
+    bench.write("RDT", 50)
+    bench.write("IMS", Cause.RXT0 | Cause.RXDMT0)
+    assert not bench.host.irq_level
+    assert rise_after(bench, 10 * MILLISECOND) == 5 * MILLISECOND
 
 
 def test_a_shorter_interval_holds_at_once() -> None:
