@@ -128,8 +128,8 @@ class GuestMigration:
             await switch.last_pass(move)
 
     async def _hand_over(self, move: Move) -> None:
-        places = await switch.stop_devices(move)
-        await switch.hand_over(move, places)
+        await switch.stop_devices(move)
+        await switch.hand_over(move)
 
     # After migrate-continue
 

@@ -13,6 +13,7 @@ import trio
 from vfio_user.client.control import ControlClient, ControlLost, open_control
 from vfio_user.client.qemu_migration.carry import Carrier
 from vfio_user.client.qemu_migration.facts import Facts
+from vfio_user.client.qemu_migration.places import Places
 from vfio_user.client.qemu_migration.qemu_side import EVENTS, QemuSide
 from vfio_user.client.qemu_migration.qmp import QmpLost, open_qmp
 from vfio_user.client.qemu_migration.report import DeviceReport, MoveError, Where
@@ -84,6 +85,8 @@ class Move:
     devices: tuple[MovingDevice, ...]
     _nursery: trio.Nursery
     facts: Facts | None = None
+    places: Places | None = None
+    """Where QEMU has everything, asked for when the CPUs stood still."""
     settings: list[Settings] = field(default_factory=list)
     was_running: bool = True
     marks: dict[str, float] = field(default_factory=dict)

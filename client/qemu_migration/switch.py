@@ -11,24 +11,20 @@ from vfio_user.client.qemu_migration.placing import place_now
 from vfio_user.client.qemu_migration.qmp import QmpLost
 from vfio_user.client.qemu_migration.report import MoveError, Step, Where
 from vfio_user.client.qemu_migration.together import side_by_side
-from vfio_user.client.qemu_migration.view import Places, ask_places, has_bars, is_placed, take_view
+from vfio_user.client.qemu_migration.view import ask_places, has_bars, is_placed, same_view, take_view
 from vfio_user.client.qemu_migration.view import restore as restore_view
 
 WAIT_MS = 1000
 """For DMA replies that QEMU owes when a device is stopped."""
 
 
-async def stop_devices(move: Move) -> Places:
-    """The source's. Interrupts that they raise from now on are kept in their states. QEMU says meanwhile
-    where they are."""
+async def stop_devices(move: Move) -> None:
+    """The source's. Interrupts that they raise from now on are kept in their states."""
     move.trail.begin(Step.STOP)
     move.marks["still"] = move.source.when("STOP") or time.perf_counter()
     limit = move.request.limits.stop
-    async with side_by_side() as nursery:
-        nursery.start_soon(move.each, lambda device: _stop(device, limit))
-        places = await ask_places(move.source.qmp)
+    await move.each(lambda device: _stop(device, limit))
     move.mark("stopped")
-    return places
 
 
 async def _stop(device: MovingDevice, seconds: float) -> None:
@@ -44,19 +40,19 @@ async def _stop(device: MovingDevice, seconds: float) -> None:
         )
 
 
-async def hand_over(move: Move, places: Places) -> None:
+async def hand_over(move: Move) -> None:
     """Logs to QEMU, INTx low, QEMU's view: everything that has to go before the last pages. The states are on
     their way meanwhile."""
     move.trail.begin(Step.HAND_OVER)
-    await move.each(lambda device: _hand_over(move, places, device))
+    await move.each(lambda device: _hand_over(move, device))
     move.mark("handed-over")
 
 
-async def _hand_over(move: Move, places: Places, device: MovingDevice) -> None:
+async def _hand_over(move: Move, device: MovingDevice) -> None:
     async with side_by_side() as nursery:
         nursery.start_soon(_hand_over_log, device)
         nursery.start_soon(_lower, move, device)
-        nursery.start_soon(_take_view_and_place, move, places, device)
+        nursery.start_soon(_take_view_and_place, move, device)
 
 
 async def _hand_over_log(device: MovingDevice) -> None:
@@ -90,12 +86,20 @@ async def _lower(move: Move, device: MovingDevice) -> None:
         device.intx_lowered = await lower_intx(device, move.source.qmp)
 
 
-async def _take_view_and_place(move: Move, places: Places, device: MovingDevice) -> None:
-    async with move.source.monitor:
-        with device.timed("view"):
-            answer = device.stopped["configuration"]
-            device.view = await take_view(move.source.qmp, places, answer, device.id)
+async def _take_view_and_place(move: Move, device: MovingDevice) -> None:
+    with device.timed("view"):
+        device.view = same_view(device.early, device.stopped["configuration"])
+        if device.view is None:
+            await _take_view(move, device)
     await place_now(move, device)
+
+
+async def _take_view(move: Move, device: MovingDevice) -> None:
+    """QEMU needs milliseconds to say where everything is: it is asked once for all devices, if at all."""
+    qmp = move.source.qmp
+    async with move.source.monitor:
+        move.places = move.places or await ask_places(qmp)
+        device.view = await take_view(qmp, move.places, device.stopped["configuration"], device.id)
 
 
 async def last_pass(move: Move) -> None:
@@ -175,6 +179,8 @@ async def _check_place(move: Move, device: MovingDevice) -> None:
     """What QEMU was told before it had the guest should stand; else it is told again."""
     assert device.view is not None
     if not await is_placed(move.destination.qmp, device.id, device.view):
+        if device.view.address_register is None:
+            await _take_view(move, device)
         await device.destination.call("stop")
         await _restore_view(move, device)
         await device.destination.call("resume")

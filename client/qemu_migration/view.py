@@ -16,7 +16,7 @@ this may concern, and the destination's device is made to owe them: an interrupt
 
 import contextlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +42,7 @@ from vfio_user.client.qemu_migration.capabilities import (
     reasons_against,
 )
 from vfio_user.client.qemu_migration.monitor import Function, MonitorError, Write
+from vfio_user.client.qemu_migration.places import Place, Places, compare, find
 from vfio_user.client.qemu_migration.qmp import Qmp, QmpError
 from vfio_user.device_models.device import IrqIndex
 from vfio_user.protocol.json_rpc import RpcError
@@ -57,13 +58,17 @@ _FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
 class View:
     """Of one device: where it is, what its configuration space has, where QEMU maps its BARs (by index, the
     option ROM is 6), the MSI-X table (None: there is none, or the guest cannot have anything in it), and the
-    port 0xcf8 of the machine."""
+    port 0xcf8 of the machine (None: not asked for)."""
 
     function: Function
     configuration: Configuration
     regions: Mapping[int, int]
     table: bytes | None
-    address_register: int
+    address_register: int | None
+
+    @property
+    def place(self) -> Place:
+        return self.function, self.regions
 
     @property
     def masked(self) -> tuple[int, ...]:
@@ -82,14 +87,6 @@ class View:
             IrqIndex.MSIX: sum(1 << n for n in self.masked),
         }
         return {index: bits & self.configuration.fired.get(index, 0) for index, bits in masked.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """QEMU's answer to query-pci, and the port 0xcf8."""
-
-    devices: Any
-    address_register: int
 
 
 async def ask_chipset(qmp: Qmp) -> Chipset:
@@ -128,7 +125,7 @@ async def take_view(qmp: Qmp, places: Places, answer: Mapping[str, Any], qdev_id
         configuration = parse_configuration(answer)
         if reasons := reasons_against(configuration):
             raise CannotRestore(*reasons)
-        function, regions = _find(places.devices, qdev_id)
+        function, regions = find(places.devices, qdev_id)
         view = View(function, configuration, regions, None, places.address_register)
         return replace(view, table=await _read_table(qmp, view))
 
@@ -139,9 +136,23 @@ async def glance(qmp: Qmp, control: ControlClient, qdev_id: str) -> View:
     CannotRestore, QmpLost, ControlLost.
     """
     with _complaints():
-        function, regions = _find(await qmp.execute("query-pci"), qdev_id)
+        function, regions = find(await qmp.execute("query-pci"), qdev_id)
         configuration = parse_configuration(await control.call("configuration"))
-        return View(function, configuration, regions, None, 0)
+        return View(function, configuration, regions, None, None)
+
+
+def same_view(early: View | None, answer: Mapping[str, Any]) -> View | None:
+    """The view at the source of a stopped device, from a `glance` and what its server says of it now
+    (`configuration`). None: QEMU has to be asked again, for the guest has changed something since, or the
+    device has more than can be had without. CannotRestore."""
+    if early is None:
+        return None
+    configuration = parse_configuration(answer)
+    if reasons := reasons_against(configuration):
+        raise CannotRestore(*reasons)
+    view = replace(early, configuration=configuration)
+    alike = places_alike(early, view) and _table_place(configuration) is None and may_be_placed(view)
+    return view if alike else None
 
 
 def places_alike(one: View, other: View) -> bool:
@@ -181,7 +192,7 @@ def _plain_writes(configuration: Configuration) -> list[Write]:
 async def is_placed(qmp: Qmp, qdev_id: str, view: View) -> bool:
     """Whether what `place` did stands, now that QEMU has the guest. QmpError, QmpLost."""
     try:
-        _compare(view, *_find(await qmp.execute("query-pci"), qdev_id))
+        compare(view.place, find(await qmp.execute("query-pci"), qdev_id))
     except CannotRestore:
         return False
     return True
@@ -216,7 +227,7 @@ async def restore(qmp: Qmp, control: ControlClient, qdev_id: str, view: View) ->
         last = [] if now is None else [command_write(now)]
         writes += [*interrupt_writes(configuration), *last, *power_writes(configuration)]
         devices = await _write(qmp, view, writes, ("query-pci", {}))
-        _compare(view, *_find(devices, qdev_id))
+        compare(view.place, find(devices, qdev_id))
         await _pend(control, view)
 
 
@@ -239,41 +250,11 @@ async def _write(qmp: Qmp, view: View, writes: Sequence[Write], *then: tuple[str
     All goes to QEMU at once: the guest waits.
     """
     lines = monitor.write_lines(view.function, writes)
-    lines += [monitor.address_line(view.address_register)] if lines else []
+    if lines and view.address_register is not None:
+        lines.append(monitor.address_line(view.address_register))
     answers = await qmp.execute_all([*map(_command, lines), *then])
     monitor.require_silence(lines, answers[: len(lines)])
     return answers[-1] if then else None
-
-
-# Where it is
-
-
-def _find(devices: Any, qdev_id: str) -> tuple[Function, Mapping[int, int]]:
-    """A device in the answer of query-pci: bus numbers are the guest's, and may change while it runs."""
-    for device in _all_devices(row for bus in devices for row in bus["devices"]):
-        if device["qdev_id"] == qdev_id != "":
-            function = Function(device["bus"], device["slot"], device["function"])
-            return function, {region["bar"]: region["address"] for region in device["regions"]}
-    raise CannotRestore(f"QEMU has no PCI device with the id {qdev_id!r}")
-
-
-def _all_devices(devices: Iterable[Any]) -> Iterator[Any]:
-    for device in devices:
-        yield device
-        yield from _all_devices(device.get("pci_bridge", {}).get("devices", ()))
-
-
-def _compare(view: View, function: Function, regions: Mapping[int, int]) -> None:
-    if function != view.function:
-        raise CannotRestore(f"it was at {view.function}, and is at {function} at the destination")
-    for index in sorted(view.regions.keys() | regions.keys()):
-        before, now = view.regions.get(index), regions.get(index)
-        if before != now:
-            raise CannotRestore(f"BAR {index} was mapped at {_place(before)}, and is at {_place(now)}")
-
-
-def _place(address: int | None) -> str:
-    return "no address" if address is None or not 0 <= address < 1 << 63 else f"{address:#x}"
 
 
 # MSI-X table
@@ -297,6 +278,7 @@ async def _read_table(qmp: Qmp, view: View) -> bytes | None:
     if (place := _table_place(view.configuration)) is None:
         return None
     command = view.configuration.command
+    assert view.address_register is not None
     lines, back = [monitor.read_memory_line(*place)], list[str]()
     if not command & COMMAND_MEMORY:
         on, off = command_write(command | COMMAND_MEMORY), command_write(command)
