@@ -152,14 +152,16 @@ class GuestMigration:
         """The destination has the guest; nothing is cancelled any more. If it cannot start there, the source
         gets it back."""
         failure = None
-        with trio.move_on_after(self._request.limits.recovery) as scope:
+        with trio.move_on_after(self._request.limits.standstill) as scope:
             try:
                 await switch.restore(move)
                 await switch.start(move)
             except TROUBLE as error:
                 failure = self._trail.failure(error)
         if scope.cancelled_caught:
-            failure = self._trail.failure(MoveError("the destination does not answer"))
+            seconds = self._request.limits.standstill
+            text = f"the destination does not start the guest within {seconds:g} s"
+            failure = self._trail.failure(MoveError(text, Where.DESTINATION))
         if failure is not None:
             running = await self._has_started(move)
             if running is not True:

@@ -162,6 +162,7 @@ async def _watch(move: Move) -> None:
 
 async def _look_at_all(move: Move) -> None:
     answer = await move.source.query()
+    await _look_at_cpus(move)
     await move.each(lambda device: _look(move, device))
     pages = sum(device.growth.pages for device in move.devices)
     if move.request.writes is Writes.AUTO and too_many(pages):
@@ -181,6 +182,13 @@ async def _look_at_all(move: Move) -> None:
             write_through=any(device.write_through for device in move.devices),
         )
     )
+
+
+async def _look_at_cpus(move: Move) -> None:
+    """Somebody may pause the guest meanwhile, or let it go on: so it arrives."""
+    state = await move.source.run_state()
+    if state in ("running", "paused"):
+        move.was_running = state == "running"
 
 
 async def _write_through_late(device: MovingDevice) -> None:

@@ -118,6 +118,13 @@ class Qmp:
             raise QmpLost(self.lost_reason)
         return await self._thread.run(self._session.execute_all(commands))
 
+    async def execute_at_once(self, name: str, /, **args: Any) -> Any:
+        """As `execute`, before all that waits, and also when QEMU's main loop hangs: out of band, which few
+        commands may be. QmpError, QmpLost."""
+        if self.lost.is_set():
+            raise QmpLost(self.lost_reason)
+        return await self._thread.run(self._session.execute_at_once(name, args))
+
     async def hmp(self, line: str) -> str:
         """What the human monitor prints for a line, complaints included. QmpError, QmpLost."""
         return (await self.hmp_all([line]))[0]
@@ -206,9 +213,12 @@ class _Session(EventListener):
                 raise answer
         return answers
 
-    async def _execute(self, name: str, args: Mapping[str, Any]) -> Any:
+    async def execute_at_once(self, name: str, args: Mapping[str, Any]) -> Any:
+        return await self._execute(name, args, at_once=True)
+
+    async def _execute(self, name: str, args: Mapping[str, Any], *, at_once: bool = False) -> Any:
         try:
-            return await self._client.execute(name, args)
+            return await self._client.execute(name, args, oob=at_once)
         except ExecuteError as error:
             raise QmpError(name, error.error_class, str(error)) from None
         except QMPError as error:

@@ -21,7 +21,7 @@ WAIT_MS = 1000
 async def stop_devices(move: Move) -> None:
     """The source's. Interrupts that they raise from now on are kept in their states."""
     move.trail.begin(Step.STOP)
-    move.marks["still"] = move.source.when("STOP") or time.perf_counter()
+    move.marks["still"] = (move.was_running and move.source.when("STOP")) or time.perf_counter()
     limit = move.request.limits.stop
     await move.each(lambda device: _stop(device, limit))
     move.mark("stopped")
@@ -109,14 +109,30 @@ async def last_pass(move: Move) -> None:
     move.continued = True
     await move.source.qmp.execute("migrate-continue", state="pre-switchover")
     try:
-        await move.source.until("completed")
-        await move.destination.until("completed")
+        await _completed(move)
     except QmpLost:
         # A monitor that is lost says nothing of the guest: who has it turns on the states as well.
         await _finish_states(move)
         raise
     await _finish_states(move)
     move.mark("completed")
+
+
+async def _completed(move: Move) -> None:
+    """QEMU's own estimate may be wrong, but not by seconds: then the other side, or the way to it, hangs."""
+    seconds = move.request.limits.standstill
+    most = seconds + 2 * _downtime_limit(move)
+    complaint = f"QEMU has not sent the last pages within {most:g} s"
+    await within(most, move.source.until("completed"), complaint, Where.SOURCE)
+    complaint = f"the destination's QEMU has not taken the last pages within {seconds:g} s"
+    await within(seconds, move.destination.until("completed"), complaint, Where.DESTINATION)
+
+
+def _downtime_limit(move: Move) -> float:
+    """Seconds that QEMU may take for the last pages, by its own reckoning."""
+    assert move.facts is not None
+    wanted = move.request.limits.downtime
+    return (whole(move.facts.source.parameters, "downtime-limit") if wanted is None else wanted) / 1000
 
 
 async def _finish_states(move: Move) -> None:

@@ -5,16 +5,19 @@ The destination starts nothing by itself, and nobody has told it to: as long as 
 can go on there. So the destination gets a time in which to say that it has everything, and no more.
 """
 
+import contextlib
 from enum import Enum
 
 import trio
 
 from vfio_user.client.qemu_migration.move import Move
 from vfio_user.client.qemu_migration.qemu_side import ENDED, QemuSide
-from vfio_user.client.qemu_migration.qmp import QmpLost
+from vfio_user.client.qemu_migration.qmp import QmpError, QmpLost
 from vfio_user.client.qemu_migration.trail import TROUBLE, reason
 from vfio_user.client.qemu_migration.way_back import AGAIN, cancel_qemu, end_destination
 
+HEARING = 1.0
+"""Seconds for the source's QEMU to say what it is at."""
 ARRIVAL = 5.0
 """Seconds for the destination to say whether it has the guest. A QEMU that has lost a server is deaf."""
 
@@ -29,7 +32,7 @@ class Guest(Enum):
 async def whose(move: Move) -> Guest:
     """Cancels what is not completed, and says where the guest can go on. It may run at
     the source, whose QEMU starts its CPUs by itself when a migration fails."""
-    if await _reached(move, move.source):
+    if await _source_hears(move):
         await cancel_qemu(move)
         if move.source.status != "completed":
             return Guest.SOURCE
@@ -40,6 +43,19 @@ async def whose(move: Move) -> Guest:
         return Guest.NOWHERE
     await end_destination(move)
     return Guest.SOURCE
+
+
+async def _source_hears(move: Move) -> bool:
+    """Whether its monitor answers. A QEMU that is stuck in the middle of the last pages hears `yank` alone,
+    which cuts the stream: its migration fails, and it goes on."""
+    with trio.move_on_after(HEARING):
+        return await _reached(move, move.source)
+    with trio.move_on_after(HEARING), contextlib.suppress(QmpError, QmpLost):
+        await move.source.qmp.execute_at_once("yank", instances=[{"type": "migration"}])
+    with trio.move_on_after(ARRIVAL):
+        return await _reached(move, move.source)
+    move.trail.note("the source's QEMU does not answer, not even once its migration stream was cut")
+    return False
 
 
 async def _reached(move: Move, side: QemuSide) -> bool:
@@ -92,11 +108,4 @@ async def runs_there(move: Move) -> bool | None:
     """After `cont` was sent to the destination without an answer: whether it runs; None: nobody can say."""
     if await _reached(move, move.destination):
         return await move.destination.run_state() == "running"
-    for device in move.devices:
-        try:
-            state = await device.destination.call("state")
-        except TROUBLE:
-            continue
-        if not state["client"]["attached"]:
-            return False  # its QEMU is gone
-    return None
+    return None  # a server without a VMM proves nothing: a QEMU that was dropped by one may run on

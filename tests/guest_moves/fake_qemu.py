@@ -7,6 +7,7 @@ command of their name is carried out, and may do anything to anybody.
 
 import contextlib
 import json
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class FakeQemu:
         self.ran: list[str] = []
         """Every time that its CPUs were started, and what for."""
         self._was_running = False
+        self.yanked = trio.Event()
         self._sending = trio.Lock()
         self._streams: list[trio.SocketStream] = []
         self._nursery: trio.Nursery | None = None
@@ -80,19 +82,32 @@ class FakeQemu:
     async def _answer_all(self, stream: trio.SocketStream) -> None:
         self._streams.append(stream)
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            async with stream:
-                await self._send(stream, {"QMP": {"version": _VERSION, "capabilities": []}})
+            async with stream, trio.open_nursery() as nursery:
+                put, get = trio.open_memory_channel[dict[str, Any]](math.inf)
+                nursery.start_soon(self._answer_in_turn, stream, get)
+                await self._send(stream, {"QMP": {"version": _VERSION, "capabilities": ["oob"]}})
                 rest, decoder = "", json.JSONDecoder()
                 async for data in stream:  # the library sends no separator
                     rest += data.decode()
                     while rest:
                         request, end = decoder.raw_decode(rest)
                         rest = rest[end:].lstrip()
-                        await self._answer(stream, request)
+                        if "exec-oob" in request:
+                            nursery.start_soon(self._answer, stream, request)
+                        else:
+                            put.send_nowait(request)
+                nursery.cancel_scope.cancel()
         self._streams.remove(stream)
 
+    async def _answer_in_turn(
+        self, stream: trio.SocketStream, requests: trio.MemoryReceiveChannel[dict[str, Any]]
+    ) -> None:
+        async for request in requests:
+            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                await self._answer(stream, request)
+
     async def _answer(self, stream: trio.SocketStream, request: dict[str, Any]) -> None:
-        name, args = request["execute"], request.get("arguments", {})
+        name, args = request.get("execute") or request["exec-oob"], request.get("arguments", {})
         self.commands.append(args.get("command-line", name))
         try:
             if hook := self.hooks.pop(name, None):
@@ -237,6 +252,13 @@ class FakeQemu:
         if self.peer.status == "inmigrate":
             self.peer.status = "paused"
             await self.peer.migrates("completed")
+
+    async def do_yank(self, instances: list[dict[str, Any]]) -> None:
+        """The one command that goes out of band here."""
+        if instances != [{"type": "migration"}]:
+            raise Refusal(f"no such instances: {instances}")
+        self.yanked.set()
+        await self.fail("failed")
 
     async def do_migrate_cancel(self) -> None:
         await self.fail("cancelled")

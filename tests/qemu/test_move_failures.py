@@ -55,6 +55,11 @@ class Bench:
     def kill_destination_server(self) -> None:
         self.destination.kill_server(NIC.id)
 
+    def freeze_destination(self) -> None:
+        """It takes nothing more, and the source waits for it in the middle of the last pages."""
+        self.destination.machine.child.signal(signal.SIGSTOP)
+        self.nursery.start_soon(_end_later, self.destination)
+
     def cut_source(self) -> None:
         self.source_wire.cut()
 
@@ -87,6 +92,11 @@ async def _go_on(server: object) -> None:
     server.send_signal(signal.SIGCONT)  # type: ignore[attr-defined]
 
 
+async def _end_later(side: Side) -> None:
+    await trio.sleep(25)
+    side.machine.child.signal(signal.SIGKILL)
+
+
 @dataclass(frozen=True)
 class Case:
     """`inject` happens at the first progress of `step`; `slow`: while most of memory is still to come."""
@@ -109,6 +119,9 @@ CASES: Mapping[str, Case] = {
     ),
     "destination killed at the hand-over": Case(Step.HAND_OVER, Bench.kill_destination),
     "destination killed in the last pass": Case(Step.LAST_PASS, Bench.kill_destination, quick=False),
+    "destination hangs in the last pass": Case(
+        Step.LAST_PASS, Bench.freeze_destination, limits=replace(LIMITS, standstill=3), quick=False
+    ),
     "destination's server killed": Case(Step.PRECOPY, Bench.kill_destination_server, slow=True, quick=False),
     "destination's server killed at the hand-over": Case(Step.HAND_OVER, Bench.kill_destination_server),
     "source's monitor lost": Case(Step.PRECOPY, Bench.cut_source, slow=True),

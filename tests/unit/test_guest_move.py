@@ -335,6 +335,47 @@ async def test_the_destination_is_lost_after_all_was_sent(scene: Scene) -> None:
     assert scene.source.ran == ["cont"]
 
 
+async def test_a_source_that_is_stuck_in_the_last_pass(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stream is full, and its main loop waits for it: nothing but `yank` is heard."""
+    monkeypatch.setattr(whose, "HEARING", 0.2)
+    scene.limits = Limits(downtime=100, standstill=0.5)
+
+    async def stuck(qemu: FakeQemu) -> None:
+        await qemu.yanked.wait()
+
+    async def get_stuck(qemu: FakeQemu) -> None:
+        qemu.hooks.update(dict.fromkeys(("query-migrate", "query-status"), stuck))
+        await stuck(qemu)
+
+    scene.source.hooks["finish"] = get_stuck
+    report = await scene.move()
+    await home_again(scene, report)
+    assert "QEMU has not sent the last pages within 0.7 s" in str(report.failure)
+    assert "yank" in scene.source.commands
+
+
+@pytest.mark.parametrize("running", [True, False])
+async def test_somebody_pauses_the_guest_while_it_is_copied(scene: Scene, running: bool) -> None:
+    """It arrives as it was at the last look, and nothing before its last pages counts as downtime."""
+    scene.source.may_switch = trio.Event()
+    scene.source.status = "paused" if running else "running"
+
+    async def change(qemu: FakeQemu) -> None:
+        qemu.status = "running" if running else "paused"
+        await qemu.tell("RESUME" if running else "STOP")
+        await trio.sleep(0.5)
+        qemu.may_switch.set()
+
+    async def later(qemu: FakeQemu) -> None:
+        assert qemu._nursery is not None
+        qemu._nursery.start_soon(change, qemu)
+
+    scene.source.hooks["migrate"] = later
+    report = await scene.move()
+    assert (report.outcome, scene.destination.running) == (Outcome.COMPLETED, running), report
+    assert report.downtime.total < 400
+
+
 @pytest.mark.parametrize("state_arrives", [True, False])
 async def test_a_destination_that_falls_silent_when_all_was_sent(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, state_arrives: bool
@@ -342,7 +383,7 @@ async def test_a_destination_that_falls_silent_when_all_was_sent(
     """As a QEMU that waits for a dead server: nobody can say what it has; the source has its guest back."""
     for module, name in ((whose, "ARRIVAL"), (way_back, "END"), (closing, "ANSWER"), (standing, "ANSWER")):
         monkeypatch.setattr(module, name, 0.1)
-    scene.limits = Limits(timeout=2.5 if state_arrives else 60)
+    scene.limits = Limits(standstill=0.7)
 
     async def deaf(_qemu: FakeQemu) -> None:
         await trio.sleep_forever()
@@ -454,6 +495,23 @@ async def test_a_source_that_dies_before_all_was_sent_takes_the_guest_along(scen
     assert (report.outcome, report.guest) == (Outcome.FAILED, "nowhere")
     assert not scene.destination.running
     assert scene.destination.ran == []
+
+
+async def test_a_server_without_a_vmm_is_no_proof_that_qemu_has_ended(scene: Scene) -> None:
+    """It may have been dropped by a QEMU that lives, whose monitor cannot be reached: the guest may run."""
+
+    async def start_and_vanish(qemu: FakeQemu) -> None:
+        await qemu.start("cont")
+        for vmm in qemu.vmms.values():
+            vmm.client.close()
+        qemu.path.unlink()
+        qemu.cut()
+        raise Refusal("too late")
+
+    scene.destination.hooks["cont"] = start_and_vanish
+    report = await scene.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "unknown"), report
+    assert not scene.source.running
 
 
 @pytest.mark.parametrize("started", [True, False])
