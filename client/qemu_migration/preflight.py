@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vfio_user.client.qemu_migration.facts import DeviceFacts, Facts, QemuFacts
-from vfio_user.client.qemu_migration.request import DeviceRequest, Request
+from vfio_user.client.qemu_migration.request import Request
 
 OLDEST_QEMU = (10, 1, 1)
 
@@ -29,6 +29,9 @@ EQUAL_CAPABILITIES = ("multifd", "return-path", "validate-uuid", "switchover-ack
 
 _BETWEEN = (None, "none", "completed", "failed", "cancelled")
 """What a QEMU says of migration when none is under way."""
+
+_MOVED = "postmigrate"
+"""The run state of a QEMU that has sent all of its guest."""
 
 _Take = Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
 _SAME: Mapping[str, _Take] = {
@@ -57,7 +60,12 @@ def _shape(capability: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 
 def _source_runs(facts: Facts, request: Request) -> Iterator[str]:
-    if facts.source.status not in ("running", "paused"):
+    if facts.source.status == _MOVED:
+        yield (
+            f"the source's guest has been moved away (state {_MOVED!r}): never continue it while "
+            "it may run elsewhere"
+        )
+    elif facts.source.status not in ("running", "paused"):
         yield f"the source's guest is in the state {facts.source.status!r}: it must run, or be paused"
 
 
@@ -217,17 +225,31 @@ def _identity(facts: Facts, request: Request) -> Iterator[str]:
 _UNMAPPED = (1 << 64) - 1
 
 
-def _free(device: DeviceFacts) -> Iterator[str]:
-    for side, state in _sides(device):
-        migration = state["migration"]
-        if (transfer := state["transfer"]) is not None:
-            yield f"a {transfer['method']} is under way at the {side}"
-        elif migration["owner"] == "controller" or (migration["state"] == "RUNNING" and not state["running"]):
-            yield f"a controller has stopped the device at the {side}: resume it first"
-        if state["dirty_log"]["owner"] is not None:
-            yield f"the {state['dirty_log']['owner']} has the dirty log at the {side}"
-        if state["write_through"]:
-            yield f"write-through is on at the {side} already: another controller is at work"
+def _free(facts: Facts, request: Request) -> Iterator[str]:
+    for device in facts.devices:
+        for side, state in _sides(device):
+            reasons = [*_busy(side, state)]
+            if side == "destination" or facts.source.status != _MOVED:
+                reasons += _stopped(side, state)
+            yield from (f"{device.id}: {reason}" for reason in reasons)
+
+
+def _busy(side: str, state: Mapping[str, Any]) -> Iterator[str]:
+    if (transfer := state["transfer"]) is not None:
+        yield f"a {transfer['method']} is under way at the {side}"
+    if state["dirty_log"]["owner"] is not None:
+        yield f"the {state['dirty_log']['owner']} has the dirty log at the {side}"
+    if state["write_through"]:
+        yield f"write-through is on at the {side} already: another controller is at work"
+
+
+def _stopped(side: str, state: Mapping[str, Any]) -> Iterator[str]:
+    """Not for a guest that was moved away: who resumes its device has two of it, and one of them writes to
+    memory that nobody owns."""
+    migration = state["migration"]
+    held = migration["owner"] == "controller" or (migration["state"] == "RUNNING" and not state["running"])
+    if held and state["transfer"] is None:
+        yield f"a controller has stopped the device at the {side}: resume it first"
 
 
 def _same(device: DeviceFacts) -> Iterator[str]:
@@ -276,7 +298,7 @@ CHECKS: tuple[Check, ...] = (
     Check("both servers have the native engine", _devices(_engine)),
     Check("both servers have a VMM", _devices(_attached)),
     Check("the control socket is that of the device, by its BARs", _identity),
-    Check("no controller has anything under way", _devices(_free)),
+    Check("no controller has anything under way", _free),
     Check("the model can be saved and restored", _devices(_saved)),
     Check("model, version, BARs, interrupts and configuration space are the same", _devices(_same)),
 )
@@ -285,7 +307,3 @@ CHECKS: tuple[Check, ...] = (
 def find_reasons(facts: Facts, request: Request) -> tuple[str, ...]:
     """Why the guest cannot be moved; none when it can."""
     return tuple(reason for check in CHECKS for reason in check.find(facts, request))
-
-
-def requests(request: Request) -> Mapping[str, DeviceRequest]:
-    return {device.id: device for device in request.devices}

@@ -129,6 +129,14 @@ def test_what_is_refused(words: str) -> None:
     assert "\n" not in reasons[0]
 
 
+def test_nobody_is_told_to_resume_the_device_of_a_guest_that_was_moved_away() -> None:
+    """It would be a second one, with the same MAC."""
+    stopped = device(migration={"state": "STOP", "owner": "controller"}, running=False)
+    (reason,) = find_reasons(replace(stopped, source=source(status="postmigrate").source), REQUEST)
+    assert "has been moved away" in reason
+    assert "never continue it" in reason
+
+
 def test_every_check_has_been_seen_to_fail() -> None:
     for check in CHECKS:
         assert any(list(check.find(facts, REQUEST)) for facts in WRONG.values()), check.text
