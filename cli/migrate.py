@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import click
 import trio
@@ -15,11 +16,18 @@ from rich.console import Console
 
 from vfio_user.cli.main import fail
 from vfio_user.cli.migrate_plot import draw
-from vfio_user.cli.migrate_tables import story, tables
+from vfio_user.cli.migrate_tables import plain, story, tables
 from vfio_user.cli.plots import PlotError, check_plot
 from vfio_user.client.background import background
 from vfio_user.client.qemu_migration.migrate import GuestMigration
-from vfio_user.client.qemu_migration.report import MoveError, Outcome, Progress, Report, Step
+from vfio_user.client.qemu_migration.report import (
+    MoveError,
+    Outcome,
+    Progress,
+    Refused,
+    Report,
+    Step,
+)
 from vfio_user.client.qemu_migration.request import (
     MOST_DOWNTIME,
     Limits,
@@ -126,13 +134,24 @@ async def _main(request: Request, report_path: Path | None, plot: Path | None) -
         try:
             async with _signals_cancel(migration, display):
                 report = await migration.run()
+        except Refused as error:
+            _refuse(error.reasons)
         except MoveError as error:  # before anything was touched
             fail(str(error))
+    complaints = list(_write(report, report_path, plot))  # first: whatever the output is good for
     with _quiet_when_closed(console):
         _show(console, report)
-    with _quiet_when_closed(console):
-        _write(console, report, report_path, plot)
+        for complaint in complaints:
+            _say(console, f"not written: {complaint}")
     return 0 if report.outcome is Outcome.COMPLETED else 1
+
+
+def _refuse(reasons: tuple[str, ...]) -> NoReturn:
+    """A line for each reason, and exit status 2."""
+    *others, last = reasons
+    for reason in others:
+        click.echo(f"vfio-user: {' '.join(reason.split())}", err=True)
+    fail(last)
 
 
 @contextlib.asynccontextmanager
@@ -181,7 +200,7 @@ class Display:
 
     def say(self, text: str) -> None:
         with _quiet_when_closed(self._console):
-            self._console.print(text, highlight=False)
+            _say(self._console, text)
 
     def tell(self, progress: Progress) -> None:
         """While the guest stands still nothing is drawn: that would be downtime."""
@@ -192,7 +211,7 @@ class Display:
             self.say(f"{progress.seconds:8.2f} s  {progress.step.value}")
         if progress.step is Step.PRECOPY:
             with _quiet_when_closed(self._console):
-                self._status.update(story(progress))
+                self._status.update(plain(story(progress)))
 
 
 _QUIET = frozenset({Step.STOP, Step.HAND_OVER, Step.LAST_PASS, Step.RESTORE, Step.START})
@@ -203,24 +222,32 @@ def _show(console: Console, report: Report) -> None:
         for table in tables(report):
             console.print(table)
     for note in report.notes:
-        console.print(f"note: {note}", highlight=False)
+        _say(console, f"note: {note}")
     if report.failure is not None:
-        console.print(f"the migration was {_ENDED[report.outcome]} {report.failure}", highlight=False)
-    console.print(f"source: {report.source}", highlight=False)
-    console.print(f"destination: {report.destination}", highlight=False)
+        _say(console, f"the migration was {_ENDED[report.outcome]} {report.failure}")
+    _say(console, f"source: {report.source}")
+    _say(console, f"destination: {report.destination}")
     for number, line in enumerate(report.by_hand, 1):
-        console.print(f"by hand, {number}: {line}", highlight=False, markup=False)
+        _say(console, f"by hand, {number}: {line}")
+
+
+def _say(console: Console, text: str) -> None:
+    """One line, however long: a command in it is there to be copied. A terminal breaks it by itself."""
+    console.print(plain(text), soft_wrap=True)
 
 
 _ENDED = {Outcome.FAILED: "given up", Outcome.CANCELLED: "cancelled", Outcome.COMPLETED: "completed"}
 
 
-def _write(console: Console, report: Report, path: Path | None, plot: Path | None) -> None:
-    """What cannot be written any more changes nothing of the move."""
-    try:
-        if path is not None:
+def _write(report: Report, path: Path | None, plot: Path | None) -> Iterator[str]:
+    """Says what could not be written; it changes nothing of the move."""
+    if path is not None:
+        try:
             path.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-        if plot is not None:
+        except OSError as error:
+            yield str(error)
+    if plot is not None:
+        try:
             draw(report, plot)
-    except OSError as error:
-        console.print(f"not written: {error}", highlight=False)
+        except OSError as error:
+            yield str(error)

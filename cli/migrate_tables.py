@@ -5,12 +5,24 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from rich.table import Table
+from rich.text import Text
 
 from vfio_user.cli.tables import make_table
 from vfio_user.client.qemu_migration.report import DeviceReport, Downtime, Progress, Report
 
-MIB = 1 << 20
+KIB, MIB = 1 << 10, 1 << 20
 PARTS = [part.name for part in fields(Downtime)]
+
+
+def plain(text: str) -> Text:
+    """What others have said, as it is: no markup, no emoji, and no control character reaches a terminal."""
+    return Text("".join(one if one.isprintable() else ascii(one)[1:-1] for one in text))
+
+
+def size(count: int) -> str:
+    """Of bytes, in a unit in which it is not nothing."""
+    unit, name = (MIB, "MiB") if count >= MIB else (KIB, "KiB") if count >= KIB else (1, "B")
+    return f"{count / unit:,.1f} {name}" if unit > 1 else f"{count} {name}"
 
 
 def story(progress: Progress) -> str:
@@ -28,15 +40,15 @@ def tables(report: Report) -> Iterator[Table]:
 
 def rounds_table(report: Report) -> Table:
     """QEMU's passes; what only the servers knew of; the states."""
-    table = make_table("What was moved", ("", "pages", "MiB", "ms"))
+    table = make_table("What was moved", ("", "pages", "size", "ms"))
     for one in report.rounds:
         name = f"pass {one.number}, guest stopped" if one.stopped else f"pass {one.number}"
-        table.add_row(name, f"{one.pages:,}", f"{one.bytes / MIB:.1f}", f"{one.ms:.0f}")
-    sent = report.ram.get("transferred", 0)
+        table.add_row(name, f"{one.pages:,}", size(one.bytes), f"{one.ms:.0f}")
     table.add_section()
-    table.add_row("guest memory in all", f"{report.pages:,}", f"{sent / MIB:.1f}", "")
+    sent = size(report.ram.get("transferred", 0))
+    table.add_row("guest memory in all", f"{report.pages:,}", sent, "")
     table.add_row("handed over by the devices", f"{report.device_pages:,}", "", "")
-    table.add_row("states of the devices", "", f"{report.state_bytes / MIB:.2f}", "")
+    table.add_row("states of the devices", "", size(report.state_bytes), "")
     return table
 
 
@@ -45,7 +57,7 @@ def devices_table(report: Report) -> Table:
     heads = ("device", "writes", "pages", "KiB", "stop", "log", "state", "intx", "view")
     table = make_table("Devices: writes, state, and milliseconds while the guest stood still", heads, left=2)
     for device in report.devices:
-        table.add_row(device.id, *_device(device))
+        table.add_row(plain(device.id), *_device(device))
     return table
 
 
