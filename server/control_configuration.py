@@ -5,6 +5,7 @@ For any model: BARs and capabilities are found in the configuration space as a g
 3.0, 6.2.5, 6.7, 6.8). What can be written, and what a reset leaves, only the model's own `ConfigSpace` knows.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ from vfio_user.device_models.pci import (
 from vfio_user.device_models.regions import Region
 from vfio_user.protocol.json_rpc import FAILED, RpcError
 from vfio_user.server.host import IrqLines
+
+logger = logging.getLogger(__name__)
 
 HEADER_END, SPACE_END = 0x40, 0x100
 
@@ -43,7 +46,12 @@ def describe(device: Device, irqs: IrqLines) -> Any:
 
 
 def _read(region: Region) -> bytes:
-    data = bytes(region.read(0, region.size))
+    try:
+        data = bytes(region.read(0, region.size))
+    except Exception as error:
+        logger.exception("the model's configuration space failed")
+        reason = f"the model's configuration space failed: {type(error).__name__}: {error}"
+        raise RpcError(FAILED, reason) from error
     if len(data) != region.size or region.size < SPACE_END:
         raise RpcError(FAILED, f"the model's configuration space gave {len(data)} of {region.size} bytes")
     return data

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a controller does with the device: stop, resume, save, load, reset, announce.
+"""What a controller does with the device: stop, resume, save, load, reset.
 
 While a controller has the device stopped, saves or restores it, it has claimed the migration engine: the
 client's own requests of migration are refused, and ours are while the client migrates the device itself.
@@ -8,12 +8,11 @@ A client's reset, and its end, end the claim.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from vfio_user.device_models.net import NetDevice
 from vfio_user.protocol.constants import MigrationState
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.protocol.json_rpc import FAILED, REFUSED, RpcError
@@ -31,8 +30,6 @@ SMALL = 1 << 20
 """Bytes that are left to a short stop."""
 MAX_ROUNDS = 4
 """Times the device's memory that are streamed before it is stopped, although much is left."""
-ANNOUNCEMENTS = (0, 50, 200, 450, 800)
-"""Milliseconds after the request: five frames with growing gaps, as QEMU announces its own cards."""
 
 
 @dataclass(slots=True)
@@ -51,8 +48,10 @@ class Transfer:
 class DeviceControl:
     """One for the server: the controllers have the device together."""
 
-    def __init__(self, engine: Engine[Any]) -> None:
+    def __init__(self, engine: Engine[Any], cut: Callable[[], None]) -> None:
+        """`cut` ends the job of a transfer."""
         assert engine.device is not None
+        self._cut = cut
         self.engine = engine
         self.device = engine.device
         self.host = engine.host
@@ -84,29 +83,63 @@ class DeviceControl:
 
     # Stop and resume
 
-    def stop(self, wait_ms: int) -> Steps:
-        """Stop the device. Replies that the client owes are waited for, as long as `wait_ms`."""
+    def stop(self, wait_ms: int, tell: Callable[[], dict[str, Any]]) -> Steps:
+        """Stop the device, and add what `tell` gives; when that fails, nothing has been stopped.
+
+        What the client has sent before is served first, and replies that it owes are waited for: as long as
+        `wait_ms`.
+        """
         self._require_free()
         try:
             if self.host.running:
                 yield from self._drain(time.monotonic_ns() + wait_ms * MILLISECOND)
             self._require_free()
+            before = self.host.running, self.claimed, self._stop_wanted
             self.migration.claim = self
             self._stop_wanted = self.transfer is not None
             wanted = _S.STOP_COPY if self.migration.saving else _S.STOP
             if not self.migration.resuming and self.migration.state is not wanted:
                 self._go(wanted)
+            told = self._tell(tell, *before)
         finally:
             if self.host.running:  # it was cut, or refused
                 self.host.gate.open()
-        return {"running": self.host.running, "unanswered_dma": self.engine.outstanding}
+        return {"running": self.host.running, "unanswered_dma": self.engine.outstanding, **told}
 
     def _drain(self, deadline: int) -> Steps:
-        """The gate stays closed: the last look at the replies, before the stop, would let tasks send more."""
+        """The engine's loop serves what is unread: a posted write that was sent before is in the state.
+
+        The gate stays closed: the last look at the replies, before the stop, would let tasks send more.
+        """
         self.host.gate.close()
         self.host.dma.take_no_short_way()
-        while self.engine.outstanding and time.monotonic_ns() < deadline:
-            yield Later(MILLISECOND // 4)
+        before = 0
+        while ((unread := self.engine.unread) or self.engine.outstanding) and time.monotonic_ns() < deadline:
+            yield Later(0 if unread != before else MILLISECOND // 4)  # no haste where nothing moves
+            before = unread
+
+    def _tell(
+        self, tell: Callable[[], dict[str, Any]], ran: bool, claimed: bool, stop_wanted: bool
+    ) -> dict[str, Any]:
+        try:
+            return tell()
+        except Exception as error:
+            self._undo_stop(ran, claimed, stop_wanted)
+            if isinstance(error, RpcError):
+                raise
+            logger.exception("a stopped device could not be described")
+            raise RpcError(FAILED, f"{type(error).__name__}: {error}") from error
+
+    def _undo_stop(self, ran: bool, claimed: bool, stop_wanted: bool) -> None:
+        self._stop_wanted = stop_wanted
+        if self.transfer is not None:
+            if ran:
+                self._cut()  # no way leads back to where its memory is written while it runs
+        elif ran:
+            self.resume()
+        elif not claimed:
+            self.migration.abandon(self, _S.RUNNING)
+            self.migration.claim = None
 
     def resume(self) -> Any:
         """Let a device that a controller has stopped go on; harmless when it runs."""
@@ -264,22 +297,3 @@ class DeviceControl:
         self.migration.abandon(self, _S.STOP if stopped else _S.RUNNING)
         if not stopped:
             self.migration.claim = None
-
-    # The network
-
-    def announce(self) -> Any:
-        """Tell the network where the card is now: at once, and four times more."""
-        device = self.device
-        if not isinstance(device, NetDevice):
-            raise RpcError(REFUSED, f"a device of the model {device.model} is no network card")
-        if not self.host.running:
-            raise RpcError(REFUSED, "the device is stopped, and sends nothing: resume it first")
-        if device.station_address() is None:
-            raise RpcError(REFUSED, "the card has no address yet")
-        for after in ANNOUNCEMENTS:
-            self.engine.call_later(after * MILLISECOND, lambda: self._announce(device))
-        return {"frames": len(ANNOUNCEMENTS)}
-
-    def _announce(self, device: NetDevice) -> None:
-        if self.host.running:
-            device.announce()

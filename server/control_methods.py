@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vfio_user.protocol.json_rpc import METHOD_NOT_FOUND, REFUSED, RpcError
+from vfio_user.server.control_announce import announce
 from vfio_user.server.control_configuration import describe
 from vfio_user.server.control_device import DeviceControl
 from vfio_user.server.control_dirty import DirtyControl
@@ -27,7 +28,7 @@ class Control:
     ) -> None:
         self.engine = engine
         self.engine_name = engine_name
-        self.device = DeviceControl(engine)
+        self.device = DeviceControl(engine, cut)
         self.dirty = DirtyControl(engine)
         self.guest = GuestControl(engine)
         self.leases = Leases()
@@ -63,10 +64,10 @@ def _state(control: Control) -> Any:
 
 
 def _stop(control: Control, wait: int, describe_too: bool) -> Steps:
-    result = yield from control.device.stop(wait)
-    if describe_too:
-        result |= {"dirty_log": control.dirty.figures(), "configuration": _describe(control)}
-    return result
+    def tell() -> dict[str, Any]:
+        return {"dirty_log": control.dirty.figures(), "configuration": _describe(control)}
+
+    return control.device.stop(wait, tell if describe_too else dict)
 
 
 def _describe(control: Control) -> Any:
@@ -93,7 +94,9 @@ def _shutdown(control: Control) -> Any:
     return {}
 
 
-_WAIT = Param("wait", int, 100, "milliseconds to wait for DMA replies that the client owes", most=60_000)
+_WAIT = Param(
+    "wait", int, 100, "milliseconds to serve what the client has sent, and await replies it owes", most=60_000
+)
 _DESCRIBE = Param("describe", bool, False, "then tell `dirty_log`, as `state`, and `configuration`, too")
 _HOLD = Param("hold", bool, False, "go on writing what changes until a `stop`, and stay stopped")
 _INLINE = Param("inline", bool, False, "over this connection, without a descriptor")
@@ -233,7 +236,7 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "announce",
-            lambda c, a, stream: c.device.announce(),
+            lambda c, a, stream: announce(c.engine),
             "tell the network where the card is now: five reverse ARP requests within 0.8 s",
             "the model is a network card, and runs",
         ),

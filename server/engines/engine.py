@@ -9,9 +9,12 @@ task, no cancel scope and no checkpoint per message.
 
 import logging
 import time
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fcntl import ioctl
 from pathlib import Path
+from termios import FIONREAD
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -80,6 +83,8 @@ class Engine(Generic[H]):
         self._worked = False
         limit = settings.cpu_latency_us
         self._latency = None if limit is None else CpuLatency(limit, self.call_later)
+        self._client_fd: int | None = None
+        """The client's socket, once it is there."""
         self.clients_served = 0
         self.client_left: Callable[[], None] | None = None
         """Called when a client has left and what was its own is released."""
@@ -128,6 +133,15 @@ class Engine(Generic[H]):
     def outstanding(self) -> int:
         """DMA messages that the client has not answered yet."""
         return 0
+
+    @property
+    def unread(self) -> int:
+        """Bytes that the client has sent and that are not served yet; 0 also when it has left."""
+        if self._client_fd is None:
+            return 0
+        count = array("i", (0,))
+        ioctl(self._client_fd, FIONREAD, count)  # unix(7): SIOCINQ, all that is in the queue
+        return count[0]
 
     def call_later(self, nanoseconds: int, callback: Callable[[], None]) -> Timer:
         """For backends (`CallLater`): real time, which goes on while the device is stopped."""

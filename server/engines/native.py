@@ -87,6 +87,7 @@ class NativeServer(Engine[ServerHost]):
         assert self.device is not None
         self.clients_served += 1
         self._channel = Channel(sock)
+        self._client_fd = self._channel.fileno()
         self._session = Session(self.device, self.host, self._channel, self.settings.version())
         self.poller.register(self._channel.fileno(), self._receive, urgent=True)
         logger.info("client %d attached", self.clients_served)
@@ -100,7 +101,7 @@ class NativeServer(Engine[ServerHost]):
         self.host.detach()
         self._session.close()
         self._channel.close()
-        self._channel = self._session = None
+        self._channel = self._session = self._client_fd = None
         logger.info("client %d left", self.clients_served)
         self._await_client()
         if self.client_left is not None:
@@ -109,6 +110,14 @@ class NativeServer(Engine[ServerHost]):
     @property
     def outstanding(self) -> int:
         return 0 if self._session is None else self._session.outstanding
+
+    @property
+    def unread(self) -> int:
+        """Also what waits for the rest of its message, or for the client to read replies."""
+        if self._session is None:
+            return 0
+        connection = self._session.connection
+        return super().unread + connection.end - connection.start
 
     @property
     def session(self) -> Session | None:

@@ -23,7 +23,7 @@ from vfio_user.device_models.e1000.bench import RecordingPort
 from vfio_user.device_models.e1000.device import E1000
 from vfio_user.protocol import messages as m
 from vfio_user.protocol.errors import DeviceError
-from vfio_user.server.control_device import ANNOUNCEMENTS
+from vfio_user.server.control_announce import ANNOUNCEMENTS
 
 
 async def test_the_log_is_reported_and_handed_over(tmp_path: Path) -> None:

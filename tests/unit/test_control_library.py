@@ -9,6 +9,8 @@ from conformance.limits import require_library
 from vfio_user.client.control import open_control
 from vfio_user.client.fake_vmm import VmmOptions, open_vmm
 from vfio_user.client.server_process import serving
+from vfio_user.protocol.codec import REGION_ACCESS
+from vfio_user.protocol.constants import FLAG_NO_REPLY, Command
 from vfio_user.protocol.json_rpc import RpcError
 
 pytestmark = pytest.mark.lab
@@ -67,3 +69,20 @@ async def test_stop_save_load_and_what_the_library_keeps_to_itself(tmp_path: Pat
                 await control.call(method, **params)
         assert await control.call("reset") == {"running": True}
         assert await vmm.read(0, 0) == 0
+
+
+async def test_a_stop_comes_behind_what_was_posted_before(tmp_path: Path) -> None:
+    """`describe` reads in the same step as the stop."""
+    path, count, size = tmp_path / "c", 3000, REGION_ACCESS.size + 1
+    words = ["--engine", "libvfio-user", "--control", str(path)]
+    async with (
+        serving("scratch", tmp_path / "s", words) as server,
+        open_control(path) as control,
+        open_vmm(server.path, VmmOptions(((0, 1 << 20),))) as vmm,
+    ):
+        # The interrupt line of the configuration space (PCI 3.0, 6.2.4), which `describe` reads.
+        head = REGION_ACCESS.pack(0, Command.REGION_WRITE, size, FLAG_NO_REPLY, 0, 0x3C, 7, 1)
+        data = [head + bytes((i % 251,)) for i in range(count)]
+        vmm.client.link.send_raw((b"".join(data),))
+        told = await control.call("stop", describe=True)
+        assert bytes.fromhex(told["configuration"]["space"])[0x3C] == (count - 1) % 251
