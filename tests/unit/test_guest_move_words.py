@@ -149,7 +149,7 @@ def test_an_axis_of_pages_has_whole_pages_though_there_were_none(tmp_path: Path)
 
 
 async def look_again(path: Path, then: str) -> tuple[str, str | None, bool]:
-    """At a monitor that ended its connection: `then` nobody is there, or somebody who says nothing."""
+    """At a monitor that ended its connection: `then` nobody is there, or somebody who says little."""
     side = QemuSide(Where.SOURCE)
     with trio.socket.socket(trio.socket.AF_UNIX) as sock:
         await sock.bind(str(path))
@@ -161,7 +161,9 @@ async def look_again(path: Path, then: str) -> tuple[str, str | None, bool]:
                 side.qmp = qmp
                 leave.set()
                 await qmp.lost.wait()
-                if then != "silent":
+                if then == "leaves":
+                    nursery.start_soon(greet_once, sock, leave)
+                elif then != "silent":
                     sock.close()
                 if then == "unlinked":
                     await trio.Path(path).unlink()
@@ -177,7 +179,9 @@ async def greet_once(sock: trio.socket.SocketType, leave: trio.Event) -> None:
         await leave.wait()
 
 
-@pytest.mark.parametrize(("then", "refused"), [("closed", True), ("unlinked", True), ("silent", False)])
+@pytest.mark.parametrize(
+    ("then", "refused"), [("closed", True), ("unlinked", True), ("silent", False), ("leaves", False)]
+)
 async def test_a_lost_connection_alone_does_not_say_that_qemu_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str, refused: bool
 ) -> None:
