@@ -286,7 +286,8 @@ async def _connect(qmp: Qmp, timeout: float) -> None:
     with trio.move_on_after(timeout) as scope:
         try:
             await qmp._thread.run(qmp._session.connect(parse_address(qmp.address)))
-        except (ConnectError, OSError, ValueError) as error:
+        except (ConnectError, OSError, ValueError, AssertionError) as error:
+            # AssertionError: the library's own, when the connection ends right after the greeting
             raise QmpLost(f"{qmp.address} cannot be connected to: {_cause(error)}") from error
     if scope.cancelled_caught:
         raise QmpLost(f"{qmp.address}: no greeting within {timeout:g} s; does it serve another client?")

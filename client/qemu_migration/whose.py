@@ -93,15 +93,16 @@ async def _received(move: Move) -> bool:
 
 
 async def _source_lives(move: Move) -> bool:
-    """By its servers: a QEMU that is gone has no connection to them. Not known means that it may."""
-    lives = True
+    """By its servers: a QEMU that is gone has no connection to any of them. Not known means that it may."""
+    lives = []
     for device in move.devices:
         try:
             state = await device.source.call("state")
-            lives = lives and bool(state["client"]["attached"])
+            lives.append(bool(state["client"]["attached"]))
         except TROUBLE as error:
+            lives.append(True)
             move.trail.note(f"{device.id}, the source's server: {reason(error)}")
-    return lives
+    return any(lives)
 
 
 async def runs_there(move: Move) -> bool | None:
