@@ -193,10 +193,19 @@ class _Session(EventListener):
             where = (
                 failed.enter_context(await _connect_path(address)) if isinstance(address, str) else address
             )
-            await self._client.connect(where)
+            await self._connect_client(where)
             failed.pop_all()  # the socket is the client's now
         self._closing = asyncio.Event()
         self._watcher = asyncio.create_task(self._watch(self._closing))
+
+    async def _connect_client(self, where: socket.socket | tuple[str, int]) -> None:
+        try:
+            await self._client.connect(where)
+        except AssertionError:
+            # The library's own. Its tasks have to be asked what they have met, or asyncio complains.
+            with contextlib.suppress(EOFError, OSError, QMPError):
+                await self._client.disconnect()
+            raise ValueError("the connection ended right after the greeting") from None
 
     async def close(self) -> None:
         if self._closing is not None:
@@ -286,8 +295,7 @@ async def _connect(qmp: Qmp, timeout: float) -> None:
     with trio.move_on_after(timeout) as scope:
         try:
             await qmp._thread.run(qmp._session.connect(parse_address(qmp.address)))
-        except (ConnectError, OSError, ValueError, AssertionError) as error:
-            # AssertionError: the library's own, when the connection ends right after the greeting
+        except (ConnectError, OSError, ValueError) as error:
             raise QmpLost(f"{qmp.address} cannot be connected to: {_cause(error)}") from error
     if scope.cancelled_caught:
         raise QmpLost(f"{qmp.address}: no greeting within {timeout:g} s; does it serve another client?")

@@ -90,15 +90,8 @@ async def _run_state(side: QemuSide) -> str:
     try:
         return await side.run_state()
     except QmpLost:
-        return await _run_state_anew(side.qmp.address)
-
-
-async def _run_state_anew(address: str) -> str:
-    try:
-        async with open_qmp(address, ANSWER / 2) as qmp:
+        async with open_qmp(side.qmp.address, ANSWER / 2) as qmp:
             return str((await qmp.execute("query-status"))["status"])
-    except AssertionError:  # the library's
-        raise QmpLost(f"{address}: the connection ended right after the greeting") from None
 
 
 def _nobody_there(error: QmpLost) -> bool:

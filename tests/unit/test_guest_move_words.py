@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What `vfio-user migrate` prints of others' words, and the figures at the ends of its tables and curves."""
 
+import gc
 import os
 from dataclasses import replace
 from io import StringIO
@@ -183,10 +184,16 @@ async def greet_once(sock: trio.socket.SocketType, leave: trio.Event) -> None:
     ("then", "refused"), [("closed", True), ("unlinked", True), ("silent", False), ("leaves", False)]
 )
 async def test_a_lost_connection_alone_does_not_say_that_qemu_has_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str, refused: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    then: str,
+    refused: bool,
 ) -> None:
     monkeypatch.setattr("vfio_user.client.qemu_migration.standing.ANSWER", 0.2)
     with trio.fail_after(10):
         words, state, found = await look_again(tmp_path / "qmp", then)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
     assert (state, found) == (None, refused), words
     assert words.startswith("QEMU cannot be asked")
