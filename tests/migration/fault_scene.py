@@ -27,8 +27,9 @@ from vfio_user.server.host import ServerHost
 
 SMALL = replace(QEMU_VERSION, capabilities=replace(QEMU_VERSION.capabilities, max_data_xfer_size=4096))
 """Small messages, so that a state has many of them."""
-OPTIONS = VmmOptions(memory=MEMORY, version=SMALL, timeout=0.5)
-PATIENT = replace(OPTIONS, timeout=1.0)
+OPTIONS = VmmOptions(memory=MEMORY, version=SMALL, timeout=1.0)
+"""For tests in which a server hangs."""
+PATIENT = replace(OPTIONS, timeout=5.0)
 """For tests in which nearly nothing hangs, and a busy machine must not look like that."""
 LARGE = 64 * 1024
 BEFORE_THE_STOP = (Step.CHECK, Step.PREPARE, Step.LOG, Step.PRECOPY)
@@ -135,7 +136,7 @@ class ScratchScene(Scene):
 
 @contextlib.asynccontextmanager
 async def open_scene(
-    folder: Path, chance: Random, options: VmmOptions = OPTIONS
+    folder: Path, chance: Random, options: VmmOptions = PATIENT
 ) -> AsyncIterator[ScratchScene]:
     async with open_yard(folder, options) as yard:
         here = yard.serve(scratch)

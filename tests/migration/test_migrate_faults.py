@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from migration.fault_scene import LARGE, STEPS, open_scene
+from migration.fault_scene import LARGE, OPTIONS, STEPS, open_scene
 from migration.moving import SOAK, WAYS, open_yard, seeded
 from migration.spoilers import SPOILERS, Spoiler
 from vfio_user.client.migration.migrate import Migration, migrate
@@ -95,15 +95,15 @@ async def test_a_server_that_is_killed(tmp_path: Path, protocol: str, victim: st
 @pytest.mark.parametrize("step", [Step.PREPARE, Step.PRECOPY, Step.STOP, Step.STATE, Step.START])
 @pytest.mark.parametrize("victim", ["source", "destination"])
 async def test_a_server_that_hangs(tmp_path: Path, victim: str, step: Step) -> None:
-    async with open_scene(tmp_path, random.Random(3)) as scene:
+    async with open_scene(tmp_path, random.Random(3), OPTIONS) as scene:
         server = scene.here if victim == "source" else scene.there
         report = await scene.attempt(Options("v2", "v2"), at(step, server.hang))
         if victim == "source" and step is Step.START:
             assert report.outcome is Outcome.COMPLETED
-            assert "no reply within 0.5 s" in report.notes[0]
+            assert "no reply within 1 s" in report.notes[0]
             return
         assert report.failure is not None
-        assert "no reply within 0.5 s" in report.failure.reason
+        assert "no reply within 1 s" in report.failure.reason
         assert report.source_runs == (victim == "destination")
         if victim == "destination":
             await scene.guest_goes_on()

@@ -23,7 +23,7 @@ from vfio_user.client.migration.report import Limits, Outcome, Progress, Step
 from vfio_user.client.server_process import ServerProcess, serving
 from vfio_user.protocol.errors import VfioUserError
 
-OPTIONS = VmmOptions(memory=MEMORY, timeout=1.0)
+OPTIONS = VmmOptions(memory=MEMORY, timeout=5.0)
 
 
 @pytest.fixture
