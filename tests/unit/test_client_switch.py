@@ -29,7 +29,7 @@ class Nic:
     async def _read(self, count: int) -> bytes:
         data = b""
         while len(data) < count:
-            with trio.fail_after(2):
+            with trio.fail_after(20):
                 await trio.lowlevel.wait_readable(self.socket)
             piece = self.socket.recv(count - len(data))
             assert piece
