@@ -28,9 +28,9 @@ from vfio_user.server.host import ServerHost
 SMALL = replace(QEMU_VERSION, capabilities=replace(QEMU_VERSION.capabilities, max_data_xfer_size=4096))
 """Small messages, so that a state has many of them."""
 OPTIONS = VmmOptions(memory=MEMORY, version=SMALL, timeout=1.0)
-"""For tests in which a server hangs."""
+"""For tests in which a server may hang."""
 PATIENT = replace(OPTIONS, timeout=5.0)
-"""For tests in which nearly nothing hangs, and a busy machine must not look like that."""
+"""For tests in which nothing hangs, and a busy machine must not look like that."""
 LARGE = 64 * 1024
 BEFORE_THE_STOP = (Step.CHECK, Step.PREPARE, Step.LOG, Step.PRECOPY)
 STEPS = [step for step in Step if step not in (Step.CHECK, Step.VERIFY, Step.DONE)]

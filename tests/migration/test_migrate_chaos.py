@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from migration.chaos import attempt, make_plan
-from migration.fault_scene import PATIENT, Scene, open_scene
+from migration.fault_scene import OPTIONS, Scene, open_scene
 from migration.moving import SOAK, seeded
 from migration.nic_scene import open_nic_scene
 from vfio_user.client.fake_vmm import VmmOptions
@@ -29,7 +29,7 @@ async def test_anything_may_fail_at_any_time(tmp_path: Path, name: str, open_one
         while left > 0:
             folder = tmp_path / str(left)
             folder.mkdir()
-            async with open_one(folder, chance, PATIENT) as scene:
+            async with open_one(folder, chance, OPTIONS) as scene:
                 alive = True
                 while left > 0 and alive:
                     alive = await attempt(scene, make_plan(chance))
