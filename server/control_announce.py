@@ -5,9 +5,9 @@ from typing import Any
 
 from vfio_user.device_models.net import NetDevice
 from vfio_user.protocol.json_rpc import REFUSED, RpcError
+from vfio_user.server.control_jobs import MILLISECOND
 from vfio_user.server.engines.engine import Engine
 
-MILLISECOND = 1_000_000  # ns
 ANNOUNCEMENTS = (0, 50, 200, 450, 800)
 """Milliseconds after the request: five frames with growing gaps, as QEMU announces its own cards."""
 

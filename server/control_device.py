@@ -16,14 +16,13 @@ from typing import Any
 from vfio_user.protocol.constants import MigrationState
 from vfio_user.protocol.errors import DeviceError
 from vfio_user.protocol.json_rpc import FAILED, REFUSED, RpcError
-from vfio_user.server.control_jobs import Later, Steps
+from vfio_user.server.control_jobs import MILLISECOND, Later, Steps
 from vfio_user.server.control_streams import Sink, Source
 from vfio_user.server.engines.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 _S = MigrationState
-MILLISECOND = 1_000_000  # ns
 LOOK_AGAIN = 2 * MILLISECOND
 """Between two looks for what has changed, while a save is held."""
 SMALL = 1 << 20

@@ -14,14 +14,13 @@ from typing import Any
 from vfio_user.device_models.tasks import Completion
 from vfio_user.protocol.errors import VfioUserError
 from vfio_user.protocol.json_rpc import FAILED, INVALID_PARAMS, REFUSED, RpcError
-from vfio_user.server.control_jobs import Later, Steps
+from vfio_user.server.control_jobs import MILLISECOND, Later, Steps
 from vfio_user.server.engines.engine import Engine
 from vfio_user.server.engines.native import NativeServer
 from vfio_user.server.session import Session
 
 MAX_ACCESS = 4096
 """Bytes of one read or write."""
-MILLISECOND = 1_000_000  # ns
 LOOK_AGAIN = 20_000  # ns between two looks for the reply
 
 

@@ -16,6 +16,8 @@ from vfio_user.transport.poller import Poller
 
 logger = logging.getLogger(__name__)
 
+MILLISECOND = 1_000_000  # ns
+
 
 @dataclass(frozen=True, slots=True)
 class Later:

@@ -24,12 +24,11 @@ from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClie
 
 from vfio_user.client.qemu_migration.asyncio_thread import AsyncioThread, asyncio_thread
 from vfio_user.transport.connector import AGAIN, new_socket, try_connect
+from vfio_user.transport.listener import SUN_PATH_SIZE
 
 # What the library says in its log is in our errors as well: without a handler it would go to standard error.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
-_LONGEST_PATH = 107
-"""Bytes of a UNIX socket's path (unix(7))."""
 MAX_ANSWER = 16 << 20
 """Longest line that is taken from QEMU, in bytes."""
 
@@ -270,7 +269,7 @@ def parse_address(address: str) -> str | tuple[str, int]:
     ValueError, in one line, for what is neither."""
     host, colon, port = address.rpartition(":")
     if "/" in address or not colon or not port.isdecimal():
-        if not address or len(os.fsencode(address)) > _LONGEST_PATH:
+        if not address or len(os.fsencode(address)) > SUN_PATH_SIZE:
             raise ValueError(f"the QMP address {address!r} is no path of a socket, and no HOST:PORT")
         return address
     if not host or not 1 <= int(port) <= 0xFFFF:

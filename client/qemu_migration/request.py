@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vfio_user.client.qemu_migration.qmp import parse_address
 from vfio_user.protocol.errors import VfioUserError
+from vfio_user.transport.listener import SUN_PATH_SIZE
 
 MOST_DOWNTIME = 2_000_000
 """Milliseconds that QEMU takes for its `downtime-limit`."""
@@ -117,8 +118,6 @@ _URIS = {
 }
 """Those of QEMU's ways that are sockets: what is to be given, the rest of the URI, the highest port."""
 _MOST_CID = 0xFFFF_FFFE
-_LONGEST_PATH = 107
-"""Bytes of a UNIX socket's path (unix(7))."""
 
 
 def check_uri(uri: str) -> None:
@@ -134,8 +133,8 @@ def check_uri(uri: str) -> None:
         raise RequestError(f"the URI {uri!r} has a port that cannot be: 1 to {most}")
     if "cid" in parts and not 1 <= int(parts["cid"]) <= _MOST_CID:
         raise RequestError(f"the URI {uri!r} has a CID that cannot be: 1 to {_MOST_CID}")
-    if len(os.fsencode(parts.get("path", ""))) > _LONGEST_PATH:
-        raise RequestError(f"the URI {uri!r} has a path that is too long: {_LONGEST_PATH} bytes at most")
+    if len(os.fsencode(parts.get("path", ""))) > SUN_PATH_SIZE:
+        raise RequestError(f"the URI {uri!r} has a path that is too long: {SUN_PATH_SIZE} bytes at most")
 
 
 _NOTHING = (" or ".join(row[0] for row in _URIS.values()), re.compile(r"(?!)"), 0)
