@@ -168,7 +168,7 @@ def check(configuration: Mapping[str, Any], chipset: Chipset) -> list[str]:
     """Why QEMU's view of a device cannot be restored; empty when it can be.
 
     `configuration` is the answer of the control method of that name, `chipset` from `view.ask_chipset`. To be
-    asked before anything is stopped; `view.snapshot` looks once more, as the guest goes on meanwhile.
+    asked before anything is stopped; `view.take_view` looks once more, as the guest goes on meanwhile.
     """
     reasons = list(_check_chipset(chipset, configuration.get("msix") is not None))
     try:

@@ -3,7 +3,7 @@
 destination.
 
     reasons = check(await control.call("configuration"), await ask_chipset(qmp))  # nothing is stopped yet
-    view = await snapshot(qmp, control, "nic")  # source: CPUs and device stopped
+    view = await take_view(qmp, await ask_places(qmp), await control.call("configuration"), "nic")  # stopped
     await restore(qmp, control, "nic", view)  # destination: state loaded, QEMU paused
 
 The MSI-X table is inside QEMU. It is read by the monitor, and written by the device itself: QEMU carries out
@@ -47,7 +47,7 @@ from vfio_user.client.qemu_migration.qmp import Qmp, QmpError
 from vfio_user.device_models.device import IrqIndex
 from vfio_user.protocol.json_rpc import RpcError
 
-__all__ = ["CannotRestore", "Chipset", "View", "ask_chipset", "check", "restore", "snapshot"]
+__all__ = ["CannotRestore", "Chipset", "View", "ask_chipset", "check", "restore"]
 
 MAX_WRITE = 4096
 """Bytes of one `guest-write`."""
@@ -100,16 +100,6 @@ async def ask_chipset(qmp: Qmp) -> Chipset:
     return Chipset(str(machine), next(found, ""))
 
 
-async def snapshot(qmp: Qmp, control: ControlClient, qdev_id: str) -> View:
-    """The view at the source, whose CPUs and device are stopped; QEMU and device are as they were after it.
-
-    `control` is the source's server. CannotRestore with the reasons; QmpLost, ControlLost.
-    """
-    with _complaints():
-        answer = await control.call("configuration")
-    return await take_view(qmp, await ask_places(qmp), answer, qdev_id)
-
-
 async def ask_places(qmp: Qmp) -> Places:
     """Once the CPUs are stopped, for all devices. CannotRestore, QmpLost."""
     with _complaints():
@@ -120,11 +110,12 @@ async def ask_places(qmp: Qmp) -> Places:
 
 
 async def take_view(qmp: Qmp, places: Places, answer: Mapping[str, Any], qdev_id: str) -> View:
-    """As `snapshot`, with what QEMU and the server (`configuration`) have told already."""
+    """The view at the source, whose CPUs and device are stopped; QEMU and device are as they were after it.
+
+    `answer` is what the source's server says (`configuration`). CannotRestore with the reasons; QmpLost.
+    """
     with _complaints():
-        configuration = parse_configuration(answer)
-        if reasons := reasons_against(configuration):
-            raise CannotRestore(*reasons)
+        configuration = _restorable(answer)
         function, regions = find(places.devices, qdev_id)
         view = View(function, configuration, regions, None, places.address_register)
         return replace(view, table=await _read_table(qmp, view))
@@ -147,12 +138,17 @@ def same_view(early: View | None, answer: Mapping[str, Any]) -> View | None:
     device has more than can be had without. CannotRestore."""
     if early is None:
         return None
-    configuration = parse_configuration(answer)
-    if reasons := reasons_against(configuration):
-        raise CannotRestore(*reasons)
+    configuration = _restorable(answer)
     view = replace(early, configuration=configuration)
     alike = places_alike(early, view) and _table_place(configuration) is None and may_be_placed(view)
     return view if alike else None
+
+
+def _restorable(answer: Mapping[str, Any]) -> Configuration:
+    configuration = parse_configuration(answer)
+    if reasons := reasons_against(configuration):
+        raise CannotRestore(*reasons)
+    return configuration
 
 
 def places_alike(one: View, other: View) -> bool:

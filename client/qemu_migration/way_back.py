@@ -15,7 +15,6 @@ from vfio_user.client.qemu_migration.move import Move, MovingDevice, within
 from vfio_user.client.qemu_migration.qemu_side import ENDED
 from vfio_user.client.qemu_migration.qmp import QmpError, QmpLost
 from vfio_user.client.qemu_migration.report import MoveError, Step, Where
-from vfio_user.client.qemu_migration.together import side_by_side
 from vfio_user.client.qemu_migration.trail import TROUBLE, reason
 from vfio_user.protocol.json_rpc import RpcError
 
@@ -38,9 +37,7 @@ class Row:
 
 async def _stop_destinations(move: Move) -> None:
     """Their guest was to be started: they run already, and would beside the source's."""
-    async with side_by_side() as nursery:
-        for device in move.devices:
-            nursery.start_soon(_stop_destination, move, device)
+    await move.each(lambda device: _stop_destination(move, device))
 
 
 async def _stop_destination(move: Move, device: MovingDevice) -> None:
@@ -61,9 +58,7 @@ async def _stop_destination(move: Move, device: MovingDevice) -> None:
 
 
 async def _resume_sources(move: Move) -> None:
-    async with side_by_side() as nursery:
-        for device in move.devices:
-            nursery.start_soon(_resume_source, move, device)
+    await move.each(lambda device: _resume_source(move, device))
 
 
 async def _resume_source(move: Move, device: MovingDevice) -> None:

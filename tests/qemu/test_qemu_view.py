@@ -35,7 +35,15 @@ from vfio_user.client.qemu.lab import Lab
 from vfio_user.client.qemu.moving import Model, Moving, one_host, open_moving
 from vfio_user.client.qemu.namespace import Namespace
 from vfio_user.client.qemu_migration.qmp import Qmp, open_qmp
-from vfio_user.client.qemu_migration.view import CannotRestore, View, ask_chipset, check, restore, snapshot
+from vfio_user.client.qemu_migration.view import (
+    CannotRestore,
+    View,
+    ask_chipset,
+    ask_places,
+    check,
+    restore,
+    take_view,
+)
 from vfio_user.device_models.device import IrqIndex
 
 pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(600)]
@@ -73,7 +81,7 @@ async def moved(moving: Moving) -> AsyncIterator[Move]:
             await here.call("stop")
             assert check(await here.call("configuration"), await ask_chipset(qmp)) == []
             before = await here.call("configuration")
-            view = await snapshot(qmp, here, "dev")
+            view = await take_view(qmp, await ask_places(qmp), before, "dev")
             assert await here.call("configuration") == before
             await carry(here, there, source.folder / "state")
         async with open_qmp(str(destination.qmp)) as qmp:
@@ -98,9 +106,10 @@ async def guest_with(
 
 
 async def require_refusals(qmp: Qmp, control: ControlClient, view: View) -> None:
+    places, configuration = await ask_places(qmp), await control.call("configuration")
     for id in ("other", ""):
         with pytest.raises(CannotRestore, match="no PCI device with the id"):
-            await snapshot(qmp, control, id)
+            await take_view(qmp, places, configuration, id)
     elsewhere = replace(view, regions={**view.regions, 0: 0x1000})
     with pytest.raises(CannotRestore, match="BAR 0 was mapped at 0x1000, and is at"):
         await restore(qmp, control, "dev", elsewhere)
