@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import trio
 
-from guest_moves.fake_qemu import FakeQemu, Refusal, fake_pair
-from migration.control_bed import SMALL_RAM, Served, listen, opened
+from guest_moves.fake_qemu import FakeQemu, Refusal
+from guest_moves.pair import move_request, opened_pair
+from migration.control_bed import Served, listen
 from vfio_user.client.control import ControlClient, ControlLost
 from vfio_user.client.fake_vmm import FakeVmm
 from vfio_user.client.qemu_migration import carry, closing, standing, way_back, whose
 from vfio_user.client.qemu_migration.migrate import GuestMigration
 from vfio_user.client.qemu_migration.report import MoveError, Outcome, Progress, Refused, Report, Step
-from vfio_user.client.qemu_migration.request import DeviceRequest, Limits, Request, Writes
+from vfio_user.client.qemu_migration.request import Limits, Request, Writes
 from vfio_user.protocol.json_rpc import FAILED, RpcError
 
 REGISTER = 0x10
@@ -43,9 +44,8 @@ class Scene:
 
     def request(self) -> Request:
         here, there = self.servers
-        device = DeviceRequest("dev", here.control_path, there.control_path)
-        ends = str(self.source.path), str(self.destination.path)
-        return Request(*ends, (device,), "tcp:127.0.0.1:4444", self.limits, self.writes)
+        ends, paths = (self.source, self.destination), (here.control_path, there.control_path)
+        return move_request(ends, paths, self.limits, self.writes)
 
     def tell(self, progress: Progress) -> None:
         if progress.step not in self.steps:
@@ -73,13 +73,9 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def opened_scene(folder: Path) -> AsyncIterator[Scene]:
-    async with (
-        opened(folder, name="a", options=SMALL_RAM) as (source, here, vmm),
-        opened(folder, name="b", options=SMALL_RAM) as (destination, there, other),
-        fake_pair(folder, {"dev": vmm}, {"dev": other}) as (qemu, waiting),
-    ):
-        await vmm.write(0, REGISTER, 0xCAFE)
-        yield Scene(qemu, waiting, here, there, (vmm, other), (source, destination))
+    async with opened_pair(folder) as pair:
+        await pair.vmms[0].write(0, REGISTER, 0xCAFE)
+        yield Scene(*pair.qemus, *pair.controls, pair.vmms, pair.servers)
 
 
 async def home_again(scene: Scene, report: Report, outcome: Outcome = Outcome.FAILED) -> None:

@@ -8,33 +8,26 @@ from pathlib import Path
 import pytest
 import trio
 
-from guest_moves.fake_qemu import FakeQemu, fake_pair
 from guest_moves.killed import give_back, killed_at
-from migration.control_bed import SMALL_RAM, Served, opened, until
-from vfio_user.client.control import ControlClient
+from guest_moves.pair import Pair, move_request, opened_pair
+from migration.control_bed import until
 from vfio_user.client.qemu_migration.report import Step
-from vfio_user.client.qemu_migration.request import DeviceRequest, Request, Writes
+from vfio_user.client.qemu_migration.request import Limits, Writes
 
 
 class Bed:
-    def __init__(
-        self, servers: tuple[Served, Served], here: ControlClient, qemus: tuple[FakeQemu, FakeQemu]
-    ) -> None:
-        self.here = here
-        self.source, self.destination = qemus
-        device = DeviceRequest("dev", servers[0].control_path, servers[1].control_path)
-        ends = str(qemus[0].path), str(qemus[1].path)
-        self.request = Request(*ends, (device,), "tcp:127.0.0.1:4444", writes=Writes.WRITE_THROUGH)
+    def __init__(self, pair: Pair) -> None:
+        self.here = pair.controls[0]
+        self.source, self.destination = pair.qemus
+        here, there = pair.servers
+        paths = here.control_path, there.control_path
+        self.request = move_request(pair.qemus, paths, Limits(), Writes.WRITE_THROUGH)
 
 
 @pytest.fixture
 async def bed(tmp_path: Path) -> AsyncIterator[Bed]:
-    async with (
-        opened(tmp_path, name="a", options=SMALL_RAM) as (a, control, vmm),
-        opened(tmp_path, name="b", options=SMALL_RAM) as (b, _, other),
-        fake_pair(tmp_path, {"dev": vmm}, {"dev": other}) as pair,
-    ):
-        yield Bed((a, b), control, pair)
+    async with opened_pair(tmp_path) as pair:
+        yield Bed(pair)
 
 
 @pytest.mark.parametrize(

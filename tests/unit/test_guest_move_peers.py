@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import trio
 
-from guest_moves.fake_qemu import FakeQemu, Refusal, fake_pair
-from migration.control_bed import SMALL_RAM, opened
+from guest_moves.fake_qemu import FakeQemu, Refusal
+from guest_moves.pair import move_request, opened_pair
 from vfio_user.cli.main import main
 from vfio_user.client.background import background
 from vfio_user.client.control import ControlClient
 from vfio_user.client.qemu_migration.migrate import GuestMigration
 from vfio_user.client.qemu_migration.report import MoveError, Outcome, Progress, Report, Step
-from vfio_user.client.qemu_migration.request import DeviceRequest, Limits, Request, Writes
+from vfio_user.client.qemu_migration.request import Limits, Writes
 
 RUBBISH: list[Any] = [{}, [], {"running": False, "client": None}, 7, "state"]
 
@@ -120,25 +120,20 @@ class Peers:
             self.at.get(progress.step, lambda: None)()
 
     async def move(self) -> Report:
-        device = DeviceRequest("dev", self.here.path, self.there.path)
-        ends = str(self.source.path), str(self.destination.path)
-        request = Request(*ends, (device,), "tcp:127.0.0.1:4444", self.limits, Writes.HAND_OVER)
+        ends, paths = (self.source, self.destination), (self.here.path, self.there.path)
+        request = move_request(ends, paths, self.limits, Writes.HAND_OVER)
         with trio.fail_after(20):
             return await GuestMigration(request, self.tell).run()
 
 
 @pytest.fixture
 async def peers(tmp_path: Path) -> AsyncIterator[Peers]:
-    async with (
-        opened(tmp_path, name="a", options=SMALL_RAM) as (a, control, vmm),
-        opened(tmp_path, name="b", options=SMALL_RAM) as (b, _, other),
-        fake_pair(tmp_path, {"dev": vmm}, {"dev": other}) as pair,
-        background() as nursery,
-    ):
+    async with opened_pair(tmp_path) as pair, background() as nursery:
+        a, b = pair.servers
         here, there = Relay(tmp_path / "here", a.control_path), Relay(tmp_path / "there", b.control_path)
         await nursery.start(here.serve)
         await nursery.start(there.serve)
-        yield Peers(*pair, here, there, control)
+        yield Peers(*pair.qemus, here, there, pair.controls[0])
 
 
 @pytest.mark.parametrize("rubbish", RUBBISH, ids=str)
