@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vfio_user.protocol.json_rpc import METHOD_NOT_FOUND, REFUSED, RpcError
-from vfio_user.server.control_announce import announce
 from vfio_user.server.control_configuration import describe
 from vfio_user.server.control_device import DeviceControl
 from vfio_user.server.control_dirty import DirtyControl
@@ -13,6 +12,7 @@ from vfio_user.server.control_guest import MAX_ACCESS, GuestControl
 from vfio_user.server.control_jobs import Steps
 from vfio_user.server.control_leases import Leases
 from vfio_user.server.control_method import Method, Param
+from vfio_user.server.control_network import announce, link_up, plug
 from vfio_user.server.control_pending import MESSAGES, MOST_VECTORS, pend
 from vfio_user.server.dma_region import Access
 from vfio_user.server.engines.engine import Engine
@@ -52,6 +52,7 @@ def _state(control: Control) -> Any:
             "reason": migration.reason,
         },
         "blank": engine.host.blank,
+        "link": link_up(engine),
         "transfer": None if transfer is None else transfer.progress(),
         "last_transfer": None if last is None else {**last.progress(), "error": last.error},
         "bus_master": engine.host.dma.enabled,
@@ -104,6 +105,7 @@ _PAGE = Param("page_size", int, 4096, "bytes, a power of two", least=4096, power
 _CLEAR = Param("clear", bool, False, "forget what is reported")
 _WHOLE = Param("whole", bool, False, "rewrite whole pages instead of one byte in each")
 _ON = Param("on", bool, None, "true or false")
+_UP = Param("up", bool, None, "true or false")
 _LEASE = Param("lease", bool, False, "end it when this connection ends")
 _ADDRESS = Param("address", int, None, "in the guest's memory, as the device sees it", most=(1 << 64) - 1)
 _LENGTH = Param("length", int, None, f"bytes, at most {MAX_ACCESS}", least=1, most=MAX_ACCESS)
@@ -233,6 +235,13 @@ METHODS: Mapping[str, Method] = {
             "write a guest address by DMA message, never through a mapping, so that the client knows",
             _CLIENT,
             (_ADDRESS, _DATA, _REPLY),
+        ),
+        Method(
+            "link",
+            lambda c, a, stream: plug(c.engine, a["up"]),
+            "plug the network's cable in, or pull it out; `link` is then whether it has a far end too",
+            "the model is a network card",
+            (_UP,),
         ),
         Method(
             "announce",

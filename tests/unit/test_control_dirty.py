@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The dirty log in a controller's hands, write-through, and announcements."""
+"""The dirty log in a controller's hands, and write-through."""
 
 import errno
 from pathlib import Path
 
 import pytest
-import trio
 
 from migration.control_bed import (
     SMALL_RAM,
@@ -19,11 +18,8 @@ from migration.control_bed import (
 from vfio_user.client.control import open_control
 from vfio_user.client.errors import RemoteError
 from vfio_user.client.fake_vmm import VmmOptions, open_vmm
-from vfio_user.device_models.e1000.bench import RecordingPort
-from vfio_user.device_models.e1000.device import E1000
 from vfio_user.protocol import messages as m
 from vfio_user.protocol.errors import DeviceError
-from vfio_user.server.control_announce import ANNOUNCEMENTS
 
 
 async def test_the_log_is_reported_and_handed_over(tmp_path: Path) -> None:
@@ -151,32 +147,3 @@ async def test_write_through_ends_with_the_client(tmp_path: Path) -> None:
             await controller.call("write-through", on=True)
         state = await until(controller, lambda state: not state["client"]["attached"])
         assert not state["write_through"]
-
-
-# The network
-
-
-async def test_five_announcements(tmp_path: Path) -> None:
-    port = RecordingPort()
-    async with opened(tmp_path, lambda host: E1000(host, port)) as (served, controller, _):
-        await controller.call("stop")
-        with refused("stopped"):
-            await controller.call("announce")
-        await controller.call("resume")
-        assert await controller.call("announce") == {"frames": 5}
-        await trio.sleep(ANNOUNCEMENTS[-1] / 1000)
-        await until(controller, lambda _: len(port.frames) == 5)
-        device = served.server.device
-        assert isinstance(device, E1000)
-        address = device.station_address()
-        assert address == device.mac.eeprom.mac
-        assert len(set(port.frames)) == 1
-        frame = port.frames[0]
-        assert (len(frame), frame[:14]) == (60, b"\xff" * 6 + address + b"\x80\x35")
-        assert frame[14:42] == bytes.fromhex("0001080006040003") + (address + bytes(4)) * 2
-
-
-async def test_only_a_card_announces(tmp_path: Path) -> None:
-    async with opened(tmp_path) as (_, controller, _):
-        with refused("no network card"):
-            await controller.call("announce")

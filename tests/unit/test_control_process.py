@@ -101,6 +101,8 @@ async def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
         assert "No space left" in await complaint(control, "save", "--to", "/dev/full")
         assert "ends after 0 bytes" in await complaint(control, "load", "--from", "/dev/null")
         assert "no network card" in await complaint(control, "announce")
+        assert "no network card" in await complaint(control, "link", "up=false")
+        assert "up: true or false" in await complaint(control, "link", "up=maybe")
         assert "cannot be connected to" in await complaint(tmp_path / "nobody", "state")
         assert not file.exists()
         again = await trio.run_process(
@@ -182,6 +184,8 @@ async def test_the_e1000_with_its_wire(tmp_path: Path) -> None:
             await result(control, "load", "--from", file)
             assert await result(control, "resume") == {"running": True}
             assert await result(control, "announce") == {"frames": 5}
+            assert (await ctl(control, "link", "up=false")).output == "link no\n"
+            assert await result(control, "link", "up=true") == {"link": True}
         await server.stop()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A network card tells the network where it is now: switches still send its frames elsewhere."""
+"""What a controller does with a network card: its cable, and that the network hears where it is now."""
 
 from typing import Any
 
@@ -12,12 +12,30 @@ ANNOUNCEMENTS = (0, 50, 200, 450, 800)
 """Milliseconds after the request: five frames with growing gaps, as QEMU announces its own cards."""
 
 
-def announce(engine: Engine[Any]) -> Any:
-    """At once, and four times more, as long as it runs. RpcError when it cannot."""
+def _card(engine: Engine[Any]) -> NetDevice:
     device = engine.device
     assert device is not None
     if not isinstance(device, NetDevice):
         raise RpcError(REFUSED, f"a device of the model {device.model} is no network card")
+    return device
+
+
+def link_up(engine: Engine[Any]) -> bool | None:
+    """Whether a card has a cable with a far end; None: it is none."""
+    return engine.device.port.link_up if isinstance(engine.device, NetDevice) else None
+
+
+def plug(engine: Engine[Any], up: bool) -> Any:
+    """Plug the cable in or pull it out; also of a device that is stopped. RpcError when there is none."""
+    port = _card(engine).port
+    port.set_link(up)
+    return {"link": port.link_up}
+
+
+def announce(engine: Engine[Any]) -> Any:
+    """Switches still send its frames elsewhere: tell them at once, and four times more, as long as it runs.
+    RpcError when it cannot."""
+    device = _card(engine)
     if not engine.host.running:
         raise RpcError(REFUSED, "the device is stopped, and sends nothing: resume it first")
     if device.station_address() is None:
