@@ -18,9 +18,11 @@ class Results:
     """Transfers with their content checked, by what they were."""
 
     def add(self, key: str, ours: float, theirs: float) -> None:
-        """One round's pair. KeyError for a measure that `marks.MEASURES` does not have."""
-        measure = MEASURES[key]
-        self.series.setdefault(measure.key, Series()).add(ours, theirs)
+        """One round's pair. What `marks.MEASURES` does not have is left out, and costs nobody the others."""
+        if key in MEASURES:
+            self.series.setdefault(key, Series()).add(ours, theirs)
+        elif (reason := f"{key}: there is no such measure") not in self.left_out:
+            self.left_out.append(reason)
 
     def figures(self) -> Mapping[str, Figure]:
         return {key: series.figure() for key, series in self.series.items()}

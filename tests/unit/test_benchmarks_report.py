@@ -6,14 +6,18 @@ import io
 import json
 import socket
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import cast
 
 import pytest
 from rich.console import Console
 
-from vfio_user.benchmarks import payload
+from vfio_user.benchmarks import guest_runs, payload
 from vfio_user.benchmarks.engine_runs import FIGURES, LIBRARY, NATIVE
-from vfio_user.benchmarks.guest_runs import DIRECTIONS, SHAPES
-from vfio_user.benchmarks.marks import MEASURES, Measure
+from vfio_user.benchmarks.guest_bed import Bed
+from vfio_user.benchmarks.marks import BUILT_IN, MEASURES, UNLOGGED_GUEST, Measure
 from vfio_user.benchmarks.protocol_runs import MODES
 from vfio_user.benchmarks.report import TABLE_WIDTH, as_json, payload_lines, table_of
 from vfio_user.benchmarks.results import Results
@@ -60,8 +64,50 @@ def test_every_key_that_the_rounds_build_is_a_measure() -> None:
     protocol = ("read.{}.p50", "wake.{}", "flight.{}", "posted.{}", "bulk64k.{}", "bulk1m.{}", "dma10k.{}")
     keys = [key.format(mode) for key in protocol for mode in MODES]
     keys += [f"{name}.{key}.{mode}" for name in (NATIVE, LIBRARY) for key in FIGURES for mode in MODES]
-    keys += [f"{shape}.{direction}" for shape in (*SHAPES, "tcp", "best") for direction in DIRECTIONS]
     assert set(keys) <= set(MEASURES)
+
+
+class QuietBed:
+    """A bed without a guest: whatever is measured is 1."""
+
+    async def iperf(self, *_: object, **__: object) -> float:
+        return 1.0
+
+    async def ping(self, *_: object) -> float:
+        return 1.0
+
+    async def request_response(self, *_: object) -> tuple[float, float]:
+        return 1.0, 1.0
+
+    async def set_mtu(self, *_: object) -> None: ...
+
+    async def payload_arrives(self, *_: object, **__: object) -> bool:
+        return True
+
+    def control(self, _: object) -> Path:
+        return Path("control")
+
+
+class QuietControl:
+    async def call(self, method: str, **_: object) -> None: ...
+
+
+@asynccontextmanager
+async def quiet_control(_: Path) -> AsyncIterator[QuietControl]:
+    yield QuietControl()
+
+
+async def test_the_rounds_in_the_guest_have_their_measures_and_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guest_runs, "open_control", quiet_control)
+    results = Results()
+    for suite in guest_runs.GUEST_SUITES.values():
+        for number in range(2):
+            await suite.run(cast(Bed, QuietBed()), number, results)
+    assert results.left_out == []
+    ours = {key for key, measure in MEASURES.items() if measure.peer in (BUILT_IN, UNLOGGED_GUEST)}
+    assert set(results.figures()) == ours
 
 
 def _text(results: Results) -> str:
