@@ -236,15 +236,21 @@ def test_a_path_without_permission(tmp_path: Path, stale: bool) -> None:
     assert path.exists() == stale
 
 
-@pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and TAP devices")
-@pytest.mark.parametrize("net", ["tap:t0", "tap:t0,pcap=/nowhere/file", "tap:t0,colour=red"])
-def test_a_tap_that_was_made_goes_again(net: str, tmp_path: Path) -> None:
-    """In a network namespace of its own, whose interfaces are listed at the end."""
-    program = "from vfio_user.cli.main import main; main(prog_name='vfio-user')"
-    path = tmp_path / "none" / "nic.sock"
+IMPORTS = """import os, sys
+import vfio_user.cli.serve, vfio_user.server.net.factory, vfio_user.device_models.e1000.device
+from vfio_user.cli.main import main
+from vfio_user.server.net.tap import open_tap
+"""
+NOBODY = "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+MAIN = "main(sys.argv[1:], prog_name='vfio-user')"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and TAP devices")
+
+
+def complaint_in_namespace(program: str, *arguments: str | Path) -> str:
+    """What `program` says when it serves an e1000 in a network namespace of its own: one line, status 2, and
+    at the end the namespace has no interface but `lo`."""
     script = '"$@"; echo "status $?"; cut -s -d: -f1 /proc/net/dev'
-    command = [sys.executable, "-c", program, "serve", "e1000", "--net", net, "--socket-path", str(path)]
+    command = [sys.executable, "-c", IMPORTS + program, "serve", "e1000", *map(str, arguments)]
     result = subprocess.run(
         ["unshare", "--net", "sh", "-c", script, "sh", *command],
         capture_output=True,
@@ -252,9 +258,34 @@ def test_a_tap_that_was_made_goes_again(net: str, tmp_path: Path) -> None:
         timeout=20,
         check=True,
     )
-    assert result.stdout.split() == ["status", "2", "lo"]
+    assert result.stdout.split() == ["status", "2", "lo"], result.stderr
     assert result.stderr.startswith("vfio-user: ")
     assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.mark.root
+@needs_root
+@pytest.mark.parametrize("net", ["tap:t0", "tap:t0,pcap=/nowhere/file", "tap:t0,colour=red"])
+def test_a_tap_that_was_made_goes_again(net: str, tmp_path: Path) -> None:
+    complaint_in_namespace(MAIN, "--net", net, "--socket-path", tmp_path / "none" / "nic.sock")
+
+
+@pytest.mark.root
+@needs_root
+@pytest.mark.parametrize(
+    ("before", "text"),
+    [
+        ("held = open_tap('t0')\n", "tap:t0: another program is using it; stop that, or choose another name"),
+        (NOBODY, "tap:t0: no permission to "),
+    ],
+    ids=["in use", "without privileges"],
+)
+def test_a_tap_that_cannot_be_had(before: str, text: str, tmp_path: Path) -> None:
+    told = complaint_in_namespace(before + MAIN, "--net", "tap:t0", "--socket-path", tmp_path / "nic.sock")
+    assert text in told
+    assert "choose another name" in told or "run as root" in told
+    assert not (tmp_path / "nic.sock").exists()
 
 
 # The descriptor
