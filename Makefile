@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # make test: reduced counts; make soak: the full ones
 export VFIO_USER_SOAK ?=
 
-.PHONY: help demo test lint unit tests no-guest coverage qemu soak bench lab clean
+.PHONY: help demo test lint unit tests no-guest coverage qemu soak bench lab lab-or-skip clean
 
 help:
 	@echo "make demo   see it work: an e1000 driven and moved under load, and a guest where QEMU is found"
@@ -79,10 +79,17 @@ qemu: $(VENV)/.test
 	@echo "== QEMU with a real guest"
 	@$(PYTEST) -n $(QEMU_JOBS) -m qemu tests/qemu
 
-test: lint
+lab-or-skip: $(VENV)/.runtime
 	@echo "== the lab: QEMU, guest, libvfio-user (cached; the first time takes a few minutes)"
 	@$(BIN)/vfio-user lab || { [ "$(CI)" != true ] || exit 1; echo "No lab: what needs it is skipped below."; }
-	@$(MAKE) --no-print-directory no-guest qemu
+
+# One stage after the other, and at the end, also of one that failed, how long each took.
+test:
+	@times=; for stage in lint lab-or-skip no-guest qemu; do \
+	    begun=$$(date +%s); $(MAKE) --no-print-directory $$stage; status=$$?; \
+	    times="$$times $$stage $$(($$(date +%s) - begun)) s,"; \
+	    [ $$status = 0 ] || break; \
+	done; echo "== time:$${times%,}"; exit $$status
 
 soak: $(VENV)/.test
 	@$(BIN)/vfio-user lab
