@@ -241,7 +241,9 @@ def test_a_burst_reaches_a_listener_of_the_host_whole(
         headers = bytes(
             LINK / NETWORKS[kind] / TCP(sport=4321, dport=80, flags="FPA", seq=sequence, ack=acknowledged)
         )
+        before = link_statistics(route)["rx_packets"]
         size_on_wire = nic.port.send([headers, PAYLOAD], offload_of(headers, size))
+        assert link_statistics(route)["rx_packets"] == before + 1
         reader.join(10)
     assert bytes(received) == PAYLOAD
     assert size_on_wire == (-(-60_001 // size), 60_001 + -(-60_001 // size) * len(headers))
