@@ -39,11 +39,29 @@ class Counts:
     module_cycles: int
     guests: int
     """That boot one after the other where each ends in the middle of traffic."""
+    seconds: int
+    """That one test may take."""
 
 
-REDUCED = Counts(pings=20, rounds=4, short_rounds=2, pair_rounds=2, link_cycles=2, module_cycles=2, guests=2)
+REDUCED = Counts(
+    pings=20,
+    rounds=4,
+    short_rounds=2,
+    pair_rounds=2,
+    link_cycles=2,
+    module_cycles=2,
+    guests=2,
+    seconds=1200,
+)
 FULL = Counts(
-    pings=200, rounds=200, short_rounds=50, pair_rounds=200, link_cycles=10, module_cycles=10, guests=4
+    pings=200,
+    rounds=200,
+    short_rounds=50,
+    pair_rounds=200,
+    link_cycles=10,
+    module_cycles=10,
+    guests=4,
+    seconds=7200,
 )
 
 
@@ -53,6 +71,12 @@ def counts() -> Counts:
 
 class TrafficError(Exception):
     """Something was lost or came out differently."""
+
+
+def time_limit(rounds: int) -> float:
+    """Seconds for a transfer: enough where four of them share two CPUs with the guest and two servers, and
+    all DMA goes by message."""
+    return 300.0 + 5.0 * rounds
 
 
 def _stream(rounds: int) -> Iterator[bytes]:
@@ -104,8 +128,9 @@ class Wire:
     options: str = ""
     """More of the guest's socat: `mss=1111`."""
 
-    async def receive(self, rounds: int, timeout: float = 300.0) -> None:
-        """The guest sends, we receive. Raises TrafficError when the sum is wrong.
+    async def receive(self, rounds: int, timeout: float | None = None) -> None:
+        """The guest sends, we receive, in `time_limit` if no other is given. Raises TrafficError when the sum
+        is wrong.
 
         We say a byte first: passt of 2023 takes the handshake's last ACK for none, and 24 s later resets a
         connection on which the guest has had nothing else to acknowledge.
@@ -119,11 +144,13 @@ class Wire:
                 sha.update(data)
 
         socat = self._socat("- {}", "-t 600")
-        await self._with_peer(take, f"set -o pipefail; ({loop}) | {socat} > /dev/null", timeout)
+        command = f"set -o pipefail; ({loop}) | {socat} > /dev/null"
+        await self._with_peer(take, command, timeout or time_limit(rounds))
         self._compare("guest to host", sha.hexdigest(), rounds)
 
-    async def send(self, rounds: int, timeout: float = 300.0) -> None:
-        """We send, the guest receives. Raises TrafficError when the sum is wrong.
+    async def send(self, rounds: int, timeout: float | None = None) -> None:
+        """We send, the guest receives, in `time_limit` if no other is given. Raises TrafficError when the sum
+        is wrong.
 
         The guest speaks first: passt of 2023 forgets what a server says before the guest's first ACK.
         """
@@ -134,15 +161,15 @@ class Wire:
                 await stream.send_all(piece)
             await stream.send_eof()
 
-        await self._receive_in_guest(give, lambda: rounds, timeout)
+        await self._receive_in_guest(give, lambda: rounds, timeout or time_limit(rounds))
 
-    async def both(self, rounds: int, timeout: float = 300.0) -> None:
+    async def both(self, rounds: int) -> None:
         """Both ways at once, each again until both are through: neither ever has the wire to itself."""
         done = [trio.Event(), trio.Event()]
 
-        async def repeat(transfer: Callable[[int, float], Awaitable[None]], mine: int) -> None:
+        async def repeat(transfer: Callable[[int], Awaitable[None]], mine: int) -> None:
             while not all(event.is_set() for event in done):
-                await transfer(rounds, timeout)
+                await transfer(rounds)
                 done[mine].set()
 
         async with trio.open_nursery() as nursery:

@@ -18,10 +18,8 @@ Serve = Callable[..., AbstractAsyncContextManager[ServerProcess]]
 
 MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02")
 COUNTS = counts()
-TRANSFER_LIMIT = 1200.0
-"""Seconds: four streams at once share two CPUs with the guest, and with message-only memory two servers."""
 
-pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(COUNTS.seconds)]
 
 
 def serve_words(number: int) -> tuple[str, ...]:
@@ -49,7 +47,7 @@ async def test_both_work_at_once(
             async with trio.open_nursery() as nursery:
                 for number in (0, 1):
                     wire = Wire(guest, namespace, f"10.9.{number}.1")
-                    nursery.start_soon(wire.both, COUNTS.pair_rounds, TRANSFER_LIMIT)
+                    nursery.start_soon(wire.both, COUNTS.pair_rounds)
             for server in (first, second):
                 counters = await server.ask_counters()
                 payload = COUNTS.pair_rounds * 1_000_000

@@ -24,7 +24,7 @@ ELSEWHERE = "198.51.100.1"
 SOCKET_OPTIONS = "rcvbuf=1000000,window-clamp=32768"
 COUNTS = counts()
 
-pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(COUNTS.seconds)]
 
 
 @pytest.mark.usefixtures("passt_program")

@@ -26,7 +26,7 @@ HOST6, GUEST6 = "fd00:9::1", "fd00:9::2/64"
 COUNTS = counts()
 FCS = 4
 
-pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(COUNTS.seconds)]
 
 
 @pytest.mark.combinations
