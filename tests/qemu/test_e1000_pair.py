@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 import pytest
 import trio
 
+from guest_net.accounts import check_way
 from vfio_user.client.qemu.command import Chipset, MachineOptions, VfioUserDevice
 from vfio_user.client.qemu.machine import Machine
 from vfio_user.client.qemu.namespace import Namespace
@@ -52,6 +53,7 @@ async def test_both_work_at_once(
                 counters = await server.ask_counters()
                 payload = COUNTS.pair_rounds * 1_000_000
                 assert min(counters["net_sent_bytes"], counters["net_received_bytes"]) > payload
+                check_way(counters, mapped, COUNTS.pair_rounds)
 
 
 async def interface_of(guest: Machine, mac: str) -> str:
