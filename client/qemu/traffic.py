@@ -101,9 +101,11 @@ async def bring_up(guest: Machine, *addresses: str, interface: str = "eth0", mtu
     await wait_carrier(guest, interface)
 
 
-async def wait_carrier(guest: Machine, interface: str = "eth0", seconds: int = 60) -> None:
-    """Waits until the link is there; the driver looks every two seconds if it has seen no interrupt."""
-    look = f"[ $(cat /sys/class/net/{interface}/carrier) = 1 ]"
+async def wait_carrier(
+    guest: Machine, interface: str = "eth0", seconds: int = 60, *, up: bool = True
+) -> None:
+    """Waits until the link is there, or gone; without an interrupt the driver looks every two seconds."""
+    look = f"[ $(cat /sys/class/net/{interface}/carrier) = {up:d} ]"
     loop = f"for i in $(seq {seconds * 10}); do {look} && exit 0; sleep 0.1; done; exit 1"
     await guest.check(loop, 10 * seconds)
 

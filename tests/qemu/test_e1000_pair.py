@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Two devices in one guest, each with its own server and wire."""
+"""Two devices in one guest, each with its own server and wire; and a VLAN from one to the other."""
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from guest_net.accounts import check_way
+from guest_net.vlan import check_vlan
 from vfio_user.client.qemu.command import Chipset, MachineOptions, VfioUserDevice
 from vfio_user.client.qemu.machine import Machine
 from vfio_user.client.qemu.namespace import Namespace
@@ -54,6 +55,7 @@ async def test_both_work_at_once(
                 payload = COUNTS.pair_rounds * 1_000_000
                 assert min(counters["net_sent_bytes"], counters["net_received_bytes"]) > payload
                 check_way(counters, mapped, COUNTS.pair_rounds)
+            await check_vlan(guest, namespace, names, COUNTS)
 
 
 async def interface_of(guest: Machine, mac: str) -> str:
