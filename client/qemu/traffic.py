@@ -12,6 +12,7 @@ import re
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
@@ -281,12 +282,20 @@ async def _until_broken(transfer: Callable[[int, float], Awaitable[None]], scope
 TRIES = 4
 
 
-async def self_test(guest: Machine) -> str:
-    """The report of the driver's self-test. Loopback 14 is no fault of a frame: the driver has found all of
-    them right, but its CPU, which other programs here share, took more than two ticks to look at them."""
-    report = ""
-    for _ in range(TRIES):
+class SelfTest(NamedTuple):
+    """The report of the driver's self-test, and how many tries it took."""
+
+    report: str
+    tries: int
+
+
+async def self_test(guest: Machine) -> SelfTest:
+    """Loopback 14 is no fault of a frame: the driver has found all of them right, but its CPU, which other
+    programs here share, took more than two ticks to look at them."""
+    tries = 0
+    while True:
+        tries += 1
         _, report = await guest.run("ethtool -t eth0 offline", timeout=90)
-        if re.search(r"^Loopback test .*\t\s*14$", report, re.MULTILINE) is None:
-            break
-    return report
+        late = re.search(r"^Loopback test .*\t\s*14$", report, re.MULTILINE)
+        if late is None or tries == TRIES:
+            return SelfTest(report, tries)

@@ -47,6 +47,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("chipset", "mapped", "engine"), COMBINATIONS)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests that have passed have noted: printed lines that begin with `note: `."""
+    for report in terminalreporter.getreports("passed"):
+        for line in report.capstdout.splitlines():
+            if line.startswith("note: "):
+                terminalreporter.write_line(f"{report.nodeid}: {line.removeprefix('note: ')}")
+
+
 def _root() -> Path:
     root = lab_root()
     if in_ci():
