@@ -237,5 +237,10 @@ async def _guest(account: Account, server: ServerProcess, lab: Lab | None, why_n
         account.quote(await guest.check(GUEST_PING))
         await guest.power_off()
     after = await server.ask_counters()
-    frames = after["net_sent_frames"] - before["net_sent_frames"]
-    account.step(f"the guest is off; the device has sent {frames} frames for it")
+    sent, size, interrupts = (
+        after[name] - before[name] for name in ("net_sent_frames", "net_sent_bytes", "irqs_intx")
+    )
+    account.step(
+        f"the guest is off; for it the device has sent {sent} frames ({size:,} bytes) "
+        f"and {interrupts} interrupts"
+    )
