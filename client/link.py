@@ -101,8 +101,10 @@ class Link:
 
     @property
     def under_way(self) -> int:
-        """Requests whose reply has not come."""
-        return len(self._calls)
+        """Requests whose reply may still come in time. The others wait for nothing: a server that hangs would
+        never let who asks for this go on."""
+        now = trio.current_time()
+        return sum(call.deadline > now for call in self._calls.values())
 
     async def wait_over(self) -> VfioUserError:
         """Wait for the end of the connection, and give its reason."""
