@@ -18,6 +18,9 @@ from vfio_user.client.vmm_state import save_vmm
 from vfio_user.protocol.constants import MigrationState
 from vfio_user.protocol.errors import VfioUserError
 
+ENOUGH = 256 << 10
+"""Bytes of a round that show how fast the way is. A round of less shows how long a message takes."""
+
 
 class Movable(Protocol):
     """The guest, as a migration sees it. `guest.Guest` is one."""
@@ -56,6 +59,8 @@ class Outgoing:
         self._pages = PageSet(self.ram.ranges)
         self._logging: list[int] = []
         self._drained = False
+        self._rate = 0.0
+        """Bytes a millisecond: how fast the way is, as far as is known."""
 
     async def send(self, sink: Sink) -> None:
         """All that the other side needs, down to the state of the stopped devices."""
@@ -93,10 +98,13 @@ class Outgoing:
             raise MigrationError(f"after {self._limits.rounds} rounds, {left}: the guest is too busy")
 
     def _fits(self) -> bool:
-        """What is left can be sent within the downtime, as fast as the last round was."""
-        last = self.rounds[-1]
-        rate = last.bytes / max(last.ms, 1e-3)
-        return self._drained and self._pages.size <= rate * self._limits.downtime * 1000
+        """What is left can be sent within the downtime. Nobody tells what a device will have to say besides,
+        once it stands still."""
+        return self._drained and self._pages.size <= self._rate * self._limits.downtime * 1000
+
+    def _measure(self, sent: int, ms: float) -> None:
+        rate = sent / max(ms, 1e-3)
+        self._rate = rate if sent >= ENOUGH else max(rate, self._rate)
 
     async def _collect(self) -> None:
         """What the devices have written since the last time is dirty; the rest has been marked at once."""
@@ -112,6 +120,7 @@ class Outgoing:
         await self._send_memory(number, pages, sink)
         state = 0 if stopped else await self._read_running(sink)
         ms = self._trail.ms - at
+        self._measure(count * PAGE + state, ms)
         self.rounds.append(Round(number, count, count * PAGE, state, at, ms, stopped))
 
     async def _send_memory(self, number: int, pages: PageSet, sink: Sink) -> None:

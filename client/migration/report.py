@@ -21,9 +21,9 @@ class Step(Enum):
     STATE = "move the devices' state"
     VERIFY = "compare the two memories"
     LOAD = "let the destination take the state over"
-    FINISH = "put the source away (STOP)"
     SWITCH = "move the guest's side of the devices"
     START = "start the destination"
+    FINISH = "put the source away (STOP)"
     DONE = "done"
 
 
@@ -50,7 +50,7 @@ class MigrationError(VfioUserError):
 class Limits:
     """What a migration may take. Times are in seconds; None is no limit.
 
-    `downtime`: the guest is stopped as soon as what is left fits into it, by the rate seen so far.
+    `downtime`: the guest is stopped as soon as what is left of memory fits into it, by the rate seen so far.
     `rounds`: at most so many rounds before the stop; then the guest is stopped in any case if `force`,
     else the migration gives up. `round` is how long one round may read the state of one running device,
     which may have something new for ever. `timeout` is for all of it, `recovery` for the way back after a
