@@ -3,10 +3,12 @@
 
 import errno
 import itertools
+import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
+from sealed import FOREIGN
 
 from conformance import wire
 from conformance.driving import PAGE, answer_dma, enable_bus_master, finished, map_private, start_copy
@@ -469,32 +471,36 @@ async def test_a_truncated_corrupted_mixed_up_repeated_or_foreign_stream_is_refu
     async with connect(larger.path) as other:
         foreign = await saved_state(other)
     async with connect(scratch.path) as raw:
-        await refuse_all(raw, foreign)
+        await refuse_all(raw, scratch.log, foreign)
 
 
-async def refuse_all(raw: RawClient, foreign: bytes) -> None:
+async def refuse_all(raw: RawClient, log: Callable[[], str], foreign: bytes) -> None:
+    """The log must name what is wrong: a damaged digest would refuse any of them."""
     data = await saved_state(raw)
     half = len(data) // 2
     wrong = {
-        "truncated": data[:half],
-        "nothing": b"",
-        "corrupted": data[:half] + bytes([data[half] ^ 4]) + data[half + 1 :],
-        "mixed up": data[half:] + data[:half],
-        "repeated": data[:half] + data[:half] + data[half:],
-        "twice": data + data,
-        "foreign": foreign,
-        "other model": data.replace(b"scratch", b"scrotch", 1),
-        "newer": data[:12] + b"\2" + data[13:],
+        data[:half]: f"it ends after {half} bytes",
+        b"": "it ends after 0 bytes",
+        data[:-20] + bytes([data[-20] ^ 4]) + data[-19:]: "field end: it counts",
+        data[:-4] + bytes([data[-4] ^ 4]) + data[-3:]: "field digest: it does not match",
+        data[half:] + data[:half]: "field magic: this is no saved state",
+        data[:half] + data[:half] + data[half:]: "",
+        data + data: f"{len(data)} bytes follow the end",
+        foreign: "section bar2: this device has no such memory",
+        **{make(data): reason for make, reason in FOREIGN.items()},
     }
-    for what, stream in wrong.items():
+    for stream, reason in wrong.items():
+        before = len(log())
         await write_words(raw, b"kept")
         await set_state(raw, S.RESUMING)
         await raw.command(
             wire.MIG_DATA_WRITE, struct.pack("=II", 8, len(stream)) + stream, flags=wire.NO_REPLY
         )
-        assert (await set_state(raw, S.RUNNING)).errno == errno.EINVAL, what
-        assert await get_state(raw) is S.ERROR, what
-        assert await read_words(raw, 4) == b"kept", what
+        assert (await set_state(raw, S.RUNNING)).errno == errno.EINVAL, reason
+        assert await get_state(raw) is S.ERROR, reason
+        assert await read_words(raw, 4) == b"kept", reason
+        (said,) = re.findall(r"the state cannot be restored: (.*)", log()[before:])
+        assert reason in said
         await raw.call(wire.RESET)
 
 

@@ -31,6 +31,8 @@ OPTIONS = VmmOptions(memory=MEMORY, version=SMALL, timeout=1.0)
 """For tests in which a server may hang."""
 PATIENT = replace(OPTIONS, timeout=5.0)
 """For tests in which nothing hangs, and a busy machine must not look like that."""
+RECOVERY = 6 * OPTIONS.timeout
+"""A server that hangs is asked three times on the way back."""
 LARGE = 64 * 1024
 BEFORE_THE_STOP = (Step.CHECK, Step.PREPARE, Step.LOG, Step.PRECOPY)
 STEPS = [step for step in Step if step not in (Step.CHECK, Step.VERIFY, Step.DONE)]
@@ -82,7 +84,7 @@ class Scene(ABC):
             self.source.vmm,
             self.destination.vmm,
             guest=self.guest,
-            limits=Limits(rounds=rounds, recovery=3),
+            limits=Limits(rounds=rounds, recovery=RECOVERY),
             options=options,
             progress=progress,
         )

@@ -4,6 +4,8 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 
+from sealed import FOREIGN
+
 from vfio_user.client.migration.sink import Sink
 from vfio_user.client.vmm_state import VmmState
 from vfio_user.protocol.values import Payload
@@ -98,21 +100,9 @@ def noise(pieces: list[bytes], chance: random.Random) -> list[bytes]:
     return [chance.randbytes(len(piece)) for piece in pieces]
 
 
-def newer_format(pieces: list[bytes], chance: random.Random) -> list[bytes]:
-    return [_with_byte(pieces[0], 8, 2), *pieces[1:]]
-
-
-def newer_model(pieces: list[bytes], chance: random.Random) -> list[bytes]:
-    return [_with_byte(pieces[0], 12, 99), *pieces[1:]]
-
-
-def other_model(pieces: list[bytes], chance: random.Random) -> list[bytes]:
-    """The first letter of its name is another one: the name is behind the header of 15 bytes."""
-    return [_with_byte(pieces[0], 15, ord("x")), *pieces[1:]]
-
-
-def _with_byte(piece: bytes, place: int, value: int) -> bytes:
-    return piece[:place] + bytes([value]) + piece[place + 1 :]
+def _foreign(make: Callable[[bytes], bytes]) -> Spoil:
+    """Nothing is wrong with it but that: its digest fits."""
+    return lambda pieces, _: [make(b"".join(pieces))]
 
 
 SPOILERS: Mapping[str, Spoil] = {
@@ -128,8 +118,15 @@ SPOILERS: Mapping[str, Spoil] = {
         nothing,
         followed_by_more,
         noise,
-        newer_format,
-        newer_model,
-        other_model,
     )
-}
+} | {make.__name__: _foreign(make) for make in FOREIGN}
+
+REASONS: Mapping[str, str] = {
+    "truncated": "it ends after",
+    "without_the_last_byte": "it ends after",
+    "replayed_whole": "bytes follow the end",
+    "nothing": "it ends after 0 bytes",
+    "followed_by_more": "1 bytes follow the end",
+    "noise": "this is no saved state of a device",
+} | {make.__name__: reason for make, reason in FOREIGN.items()}
+"""What a server says of them, where that does not depend on chance."""
