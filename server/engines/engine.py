@@ -24,6 +24,7 @@ from vfio_user.device_models.device import Device, OptionError
 from vfio_user.device_models.net import NetDevice
 from vfio_user.device_models.timers import NANOSECONDS, Timer, Timers
 from vfio_user.protocol import capabilities
+from vfio_user.protocol.bitmaps import MIN_PAGE_SIZE, is_page_size
 from vfio_user.protocol.errors import DeviceError, VfioUserError
 from vfio_user.server.cpu_latency import CpuLatency
 from vfio_user.server.engines.spin import Spin
@@ -50,6 +51,13 @@ class Settings:
     max_dma_maps: int = 65535
     max_msg_fds: int = 16
     max_data_xfer_size: int = 1 << 20
+    pgsize: int = MIN_PAGE_SIZE
+    """v1: dirty pages are logged in pages of so many bytes, unless the client wants smaller ones. A power of
+    two from 4 KiB up; larger ones take less memory."""
+
+    def __post_init__(self) -> None:
+        if not is_page_size(self.pgsize):
+            raise ValueError(f"pgsize {self.pgsize} is not a power of two of at least {MIN_PAGE_SIZE}")
 
     def version(self) -> capabilities.Version:
         return capabilities.Version(
@@ -57,7 +65,7 @@ class Settings:
                 max_msg_fds=self.max_msg_fds,
                 max_data_xfer_size=self.max_data_xfer_size,
                 max_dma_maps=self.max_dma_maps,
-                migration=capabilities.Migration(),
+                migration=capabilities.Migration(self.pgsize),
             )
         )
 

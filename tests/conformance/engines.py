@@ -32,11 +32,15 @@ class Wanted:
     """Options of the model, NAME=VALUE."""
     max_dma_maps: int = 65535
     trust_client_memory: bool = False
+    pgsize: int = 4096
 
     @property
     def settings(self) -> Settings:
         return Settings(
-            spin_us=0, max_dma_maps=self.max_dma_maps, trust_client_memory=self.trust_client_memory
+            spin_us=0,
+            max_dma_maps=self.max_dma_maps,
+            trust_client_memory=self.trust_client_memory,
+            pgsize=self.pgsize,
         )
 
 

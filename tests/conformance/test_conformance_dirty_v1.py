@@ -2,6 +2,7 @@
 """v1 specification: "VFIO_USER_DIRTY_PAGES", and "VFIO_USER_DMA_UNMAP" with its bitmap."""
 
 import errno
+import json
 import struct
 from collections.abc import AsyncIterator
 
@@ -30,9 +31,10 @@ from conformance.dirtying import (
 from conformance.driving import PAGE, start_copy
 from conformance.engines import Serve, Served
 from conformance.models import Blind
-from conformance.raw import RawClient
+from conformance.raw import Answer, RawClient, connect
 from vfio_user.client.client import open_client
 from vfio_user.client.memory import GuestRam
+from vfio_user.device_models.scratch import Scratch
 from vfio_user.protocol.values import Bitmap, BitmapRange
 
 
@@ -203,6 +205,47 @@ async def test_a_reply_that_does_not_fit_tells_its_size_and_clears_nothing(guest
     for below in (0, 7):
         assert (await get_bitmap(guest.raw, 0, SIZE, argsz=below)).errno == errno.EINVAL
     assert await dirty_v1(guest.raw, 0, SIZE) == {0}
+
+
+@pytest.mark.parametrize("pgsize", [1024, 4096, 65536, 1 << 40])
+async def test_the_smaller_page_size_is_agreed_on(scratch: Served, pgsize: int) -> None:
+    """Specification: the capability `migration`. Smaller pages than ours are in no bitmap all the same."""
+    async with connect(scratch.path, negotiated=False) as raw:
+        assert said_of_migration(await raw.negotiate({"migration": {"pgsize": pgsize}})) == {"pgsize": 4096}
+        guest = Guest(raw)
+        await guest.map_sparse(0, SIZE)
+        await start(raw)
+        for asked in (512, 1024, 2048):
+            assert (await get_bitmap(raw, 0, SIZE, asked)).errno == errno.EINVAL
+        for asked in (4096, 65536):
+            assert await dirty_v1(raw, 0, SIZE, asked) == set()
+
+
+def said_of_migration(answer: Answer) -> object:
+    return json.loads(answer.ok[4:-1])["capabilities"]["migration"]
+
+
+COARSE = 65536
+
+
+@pytest.mark.parametrize(
+    ("theirs", "agreed"), [(1024, 4096), (4096, 4096), (8192, 8192), (COARSE, COARSE), (1 << 21, COARSE)]
+)
+async def test_pages_are_as_large_as_was_agreed_on(serve: Serve, theirs: int, agreed: int) -> None:
+    """A server with pages of 64 KiB, at most: what is finer than the agreed ones is refused, and nothing is
+    reported, cleared or unmapped."""
+    served = serve(Scratch, pgsize=COARSE)
+    async with dirty_guest(served.path, {"migration": {"pgsize": theirs}}) as guest:
+        await guest.map(0, 4 * COARSE)
+        await start(guest.raw)
+        await guest.write(COARSE + PAGE)
+        for finer in (size for size in (4096, 8192, 32768) if size < agreed):
+            assert (await get_bitmap(guest.raw, 0, 4 * COARSE, finer)).errno == errno.EINVAL
+            assert (await unmap_v1(guest.raw, 0, 4 * COARSE, finer)).errno == errno.EINVAL
+        assert await dirty_v1(guest.raw, 0, 4 * COARSE, agreed) == {(COARSE + PAGE) // agreed}
+        await guest.write(3 * COARSE)
+        answer = await unmap_v1(guest.raw, 0, 4 * COARSE, COARSE)
+        assert pages(answer.ok[40:]) == {3}
 
 
 async def test_max_bitmap_size_is_negotiated_and_enforced(scratch: Served) -> None:

@@ -343,6 +343,18 @@ async def test_both_editions_have_one_log(guest: Guest) -> None:
     assert (await logging_start(guest.raw)).errno == errno.EINVAL
 
 
+async def test_what_is_tracked_in_large_pages_is_reported_in_small_ones_to_v1(scratch: Served) -> None:
+    """All of them: which one it was is not known. Only pages below the negotiated size are refused."""
+    async with dirty_guest(scratch.path, {"migration": {"pgsize": PAGE}}) as guest:
+        await guest.map(0, 3 * SIZE)
+        assert (await logging_start(guest.raw, SIZE)).ok
+        await guest.write(SIZE + 5 * PAGE)
+        assert await dirty_v1(guest.raw, SIZE, SIZE) == set(range(16))
+        await guest.write(2 * SIZE + 5 * PAGE)
+        assert (await unmap_v1(guest.raw, 0, 3 * SIZE)).ok[40:] == struct.pack("=Q", 0xFFFF << 32)
+        assert await dirty_v2(guest.raw, 0, 3 * SIZE) == set()
+
+
 async def test_our_client_has_a_method_for_each(scratch: Served) -> None:
     async with open_client(scratch.path) as client:
         assert await client.dma_logging_start(1 << 40, [DmaLoggingRange(0, 1 << 40)]) == 1 << 30

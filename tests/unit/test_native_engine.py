@@ -192,3 +192,9 @@ def test_the_next_piece_of_a_state_is_made_ready_while_the_client_reads(
     monkeypatch.setattr(server._spin, "crowded", crowded)
     assert server._work()
     assert prepared == ([] if crowded else ["STOP_COPY"])
+
+
+@pytest.mark.parametrize("pgsize", [0, 1, 2048, 4097, 12288, -4096])
+def test_a_page_size_that_cannot_be_offered(pgsize: int) -> None:
+    with pytest.raises(ValueError, match=f"pgsize {pgsize} is not a power of two of at least 4096"):
+        Settings(pgsize=pgsize)
