@@ -14,6 +14,9 @@ from vfio_user.protocol.constants import MigrationState
 from vfio_user.server.engines.native import NativeServer
 from vfio_user.server.net.factory import open_backend
 
+WINDOW = 48
+"""Datagrams under way, at most."""
+
 
 @dataclass
 class Load:
@@ -25,7 +28,7 @@ class Load:
     ended: bool = False
 
     async def run(self) -> None:
-        await self.traffic.flow(lambda _: self.going, window=48, batch=8, progress=self._progress)
+        await self.traffic.flow(lambda _: self.going, window=WINDOW, batch=8, progress=self._progress)
         self.ended = True
 
     def _progress(self, done: int) -> None:

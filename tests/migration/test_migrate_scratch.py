@@ -30,7 +30,6 @@ LARGE, FILLED = (256 << 20, 64 << 20) if SOAK else (16 << 20, 2 << 20)
 @pytest.mark.parametrize(("source", "destination"), WAYS)
 async def test_it_is_moved_under_load(tmp_path: Path, source: str, destination: str, shared: bool) -> None:
     with seeded(f"scratch {source} {destination} {shared}") as chance:
-        limits = Limits(rounds=chance.randrange(4))
         vmm_options = VmmOptions(memory=MEMORY, shared=shared, resample=chance.random() < 0.5)
         async with open_yard(tmp_path, vmm_options) as yard:
             servers = [yard.serve(Scratch) for _ in range(2)]
@@ -42,8 +41,10 @@ async def test_it_is_moved_under_load(tmp_path: Path, source: str, destination: 
                     there = await yard.incoming(servers[(number + 1) % 2])
                     await trio.sleep(chance.random() * 0.02)
                     options = Options(source, destination, irqs_first=chance.random() < 0.5)
+                    limits = Limits(rounds=chance.randrange(4))
                     report = await migrate(here.vmm, there.vmm, guest=guest, limits=limits, options=options)
                     assert report.check().notes == ()
+                    assert report.verified_pages == sum(size for _, size in MEMORY) // 4096
                     await here.close()
                     here, before = there, copier.copies
                     await wait_until(lambda before=before: copier.copies > before)  # type: ignore[misc]
