@@ -64,8 +64,23 @@ class SampleServer(PciDevice):
         self.alarm = 0
         """Seconds since the epoch; 0: none."""
         self.rings = self.dma_done = 0
+        self.dma_regions = 0
+        """Of the client, when the DMA was done."""
+        self.regions_left = -1
+        """Those that the client had not unmapped when it left."""
         self.memory = _Memory(host)
         super().__init__(host, {0: Bar(_Alarm(self)), 1: Bar(self.memory)})
+        assert isinstance(host, EngineHost)
+        self._watch_detach(host)
+
+    def _watch_detach(self, host: EngineHost) -> None:
+        detach = host.detach
+
+        def note() -> None:
+            self.regions_left = len(host.table)
+            detach()
+
+        host.detach = note  # type: ignore[method-assign]
 
     def set_alarm(self, alarm: int) -> None:
         self.alarm = alarm
@@ -84,6 +99,7 @@ class SampleServer(PciDevice):
         host = self.host
         assert isinstance(host, EngineHost)
         assert host.dma.messages is not None
+        self.dma_regions = len(host.table)
         first = min(region.address for region in host.table)
         writer, reader = host.dma.messages.writer(), host.dma.messages.reader()
         await writer.add(first, b"A" * PAGE)
@@ -94,7 +110,13 @@ class SampleServer(PciDevice):
         self.dma_done += 1
 
     def counters(self) -> Mapping[str, int]:
-        return {"rings": self.rings, "dma_done": self.dma_done, "bar1_writes": self.memory.writes}
+        return {
+            "rings": self.rings,
+            "dma_done": self.dma_done,
+            "bar1_writes": self.memory.writes,
+            "regions": self.dma_regions,
+            "regions_left": self.regions_left,
+        }
 
     def reset_state(self) -> None:
         """The sample's reset changes nothing."""
