@@ -30,6 +30,7 @@ class FakeQemu:
         self.path = path
         self.vmms = vmms
         self.status = status
+        self.machine = "pc-q35-11.1-machine"
         self.migration = "none"
         self.capabilities = dict.fromkeys(CAPABILITIES, False)
         self._address = 0
@@ -178,7 +179,7 @@ class FakeQemu:
 
     async def do_qom_get(self, path: str, property: str) -> Any:
         id = path.rpartition("/")[2]
-        values = {"type": "pc-q35-11.1-machine", "parent_bus": "/machine/q35/pcie.0"}
+        values = {"type": self.machine, "parent_bus": "/machine/q35/pcie.0"}
         return values.get(property) or (4 + list(self.vmms).index(id)) << 3
 
     async def do_human_monitor_command(self, command_line: str) -> Any:
