@@ -43,7 +43,11 @@ def _state(control: Control) -> Any:
         "model": device.model,
         "state_version": device.state_version,
         "engine": control.engine_name,
-        "client": {"attached": engine.attached, "served": engine.clients_served},
+        "client": {
+            "attached": engine.attached,
+            "served": engine.clients_served,
+            "migrates_by": migration.edition,
+        },
         "running": engine.host.running,
         "migration": {
             "available": migration.available,

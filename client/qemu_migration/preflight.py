@@ -175,13 +175,16 @@ def _devices(check: Callable[[DeviceFacts], Iterator[str]]) -> "Test":
 
 
 def _drives_itself(device: DeviceFacts) -> Iterator[str]:
+    """At work, or able to: it asked for what the protocol has for it when it took the device."""
     for side, state in _sides(device):
-        migration = state["migration"]
+        migration, edition = state["migration"], state["client"].get("migrates_by")
         if migration["owner"] == "client" and migration["state"] != "RUNNING":
-            yield (
-                f"the {side}'s VMM drives the migration of the device itself (state {migration['state']}), "
-                "and needs no help: use its own command"
-            )
+            how = f"state {migration['state']}"
+        elif edition is not None:
+            how = f"it has asked for the protocol's migration, {edition}"
+        else:
+            continue
+        yield f"the {side}'s VMM moves the device itself ({how}), and needs no help: use its own command"
 
 
 def _sides(device: DeviceFacts) -> tuple[tuple[str, Mapping[str, Any]], ...]:
@@ -294,7 +297,10 @@ CHECKS: tuple[Check, ...] = (
     Check("the migration mode is `normal`, not one of CPR", _mode),
     Check("each device is in both QEMUs, with the same `id=` at the same address", _named_devices),
     Check("no vfio-user device of the guest is left out", _all_devices),
-    Check("no VMM migrates the device itself", _devices(_drives_itself)),
+    Check(
+        "no VMM moves its devices itself, nor has asked for the protocol's migration, v1 or v2",
+        _devices(_drives_itself),
+    ),
     Check("both servers have the native engine", _devices(_engine)),
     Check("both servers have a VMM", _devices(_attached)),
     Check("the control socket is that of the device, by its BARs", _identity),

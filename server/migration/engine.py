@@ -48,6 +48,9 @@ class MigrationEngine:
         self.state = MigrationState.RUNNING
         self.reason = ""
         """Why the state is ERROR."""
+        self.edition: str | None = None
+        """The edition of the protocol ("v1", "v2") in which the client has asked for migration: it can move
+        its device itself. None: it has not."""
         self.claim: object | None = None
         """Who else than the client has the device stopped, saves or restores it (`server/control_device.py`).
         Requests of anybody else are refused then, but for a reset, which ends it, as does a client's end."""
@@ -100,7 +103,7 @@ class MigrationEngine:
         client resets it or says that it shall run: its old work is not to be done on that client's memory.
         """
         self._forget()
-        self.claim = None
+        self.claim = self.edition = None
         if not self._broken:
             self.state = _S.STOP if self.state in _HANDED_OVER else _S.RUNNING
 

@@ -54,7 +54,8 @@ def _migrates(session: "Session") -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a feature can do. `available`: whether this device has it."""
+    """What a feature can do. `available`: whether this device has it; `moves`: who asks for it can move the
+    device himself."""
 
     get: Method | None = None
     set: Method | None = None
@@ -62,6 +63,7 @@ class Row:
     """Bytes of data that GET will give, for one that must not be done when its reply does not fit; checks
     all that it depends on."""
     available: Callable[["Session"], bool] = _always
+    moves: bool = False
 
 
 def _get_migration(session: "Session", request: m.DeviceFeatureRequest) -> tuple[m.Payload, ...]:
@@ -79,8 +81,8 @@ def _set_state(session: "Session", request: m.DeviceFeatureRequest) -> tuple[m.P
 
 
 FEATURES: Mapping[DeviceFeature, Row] = {
-    DeviceFeature.MIGRATION: Row(get=_get_migration, available=_migrates),
-    DeviceFeature.MIG_DEVICE_STATE: Row(get=_get_state, set=_set_state, available=_migrates),
+    DeviceFeature.MIGRATION: Row(get=_get_migration, available=_migrates, moves=True),
+    DeviceFeature.MIG_DEVICE_STATE: Row(get=_get_state, set=_set_state, available=_migrates, moves=True),
     DeviceFeature.DMA_LOGGING_START: Row(set=logging_start),
     DeviceFeature.DMA_LOGGING_STOP: Row(set=logging_stop),
     DeviceFeature.DMA_LOGGING_REPORT: Row(get=logging_report, get_size=logging_report_size),
@@ -96,6 +98,8 @@ def device_feature(session: "Session", request: m.DeviceFeatureRequest, fds: lis
     if flags & _GET and flags & _SET and not flags & _PROBE:
         raise DeviceError("DEVICE_FEATURE: GET and SET exclude each other")
     row = _row(session, request.feature)
+    if row.moves:
+        session.host.migration.edition = "v2"
     if (flags & _GET and row.get is None) or (flags & _SET and row.set is None):
         raise DeviceError(f"feature {request.feature} is not there to GET or SET, as {flags:#x} asks")
     if flags & _PROBE:

@@ -80,7 +80,10 @@ class MigrationRegion(Region):
         self._offer = None
 
     def _follow(self) -> None:
-        """Forget what belongs to a session that has ended, by whichever edition it was."""
+        """At each access: this client moves the device itself (to ask where the region is says nothing: some
+        look at every region of a device). And what belongs to a session that has ended, by whichever edition
+        it was, is forgotten."""
+        self._engine.edition = "v1"
         if self._session != self._engine.session:
             self._session = self._engine.session
             self._begin_anew()

@@ -162,12 +162,12 @@ async def _stay(path: Path, task_status: trio.TaskStatus[ControlClient] = trio.T
 async def test_state_with_and_without_a_client(tmp_path: Path) -> None:
     async with serving(tmp_path) as served, open_control(served.control_path) as controller:
         state = await controller.call("state")
-        assert state["client"] == {"attached": False, "served": 0}
+        assert state["client"] == {"attached": False, "served": 0, "migrates_by": None}
         assert not state["running"]
         async with open_vmm(served.path, SMALL_RAM) as vmm:
             await vmm.read(0, 0)
             state = await controller.call("state")
-            assert state["client"] == {"attached": True, "served": 1}
+            assert state["client"] == {"attached": True, "served": 1, "migrates_by": None}
             assert state["running"]
             assert state["bus_master"]
             assert state["memory"] == {"mapped": 1 << 20, "file": 0, "message": 0}
