@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vfio_user.cli.tables import make_table
-from vfio_user.client.qemu_migration.report import DeviceReport, Downtime, Progress, Report
+from vfio_user.client.qemu_migration.report import Downtime, Progress, Report
 
 KIB, MIB = 1 << 10, 1 << 20
 PARTS = [part.name for part in fields(Downtime)]
@@ -27,7 +27,9 @@ def size(count: int) -> str:
 
 def story(progress: Progress) -> str:
     """One line while memory is copied."""
-    how = "writes through" if progress.write_through else f"{progress.device_pages:,} pages in the log"
+    how = f"{progress.device_pages:,} pages in the log"
+    if progress.write_through:
+        how = f"writes through, {how}" if progress.device_pages else "writes through"
     left = f"{progress.left / MIB:.0f} of {progress.total / MIB:.0f} MiB left"
     return f"pass {progress.passes}: {left}, {progress.sent / MIB:.0f} MiB sent; device: {how}"
 
@@ -35,11 +37,13 @@ def story(progress: Progress) -> str:
 def tables(report: Report) -> Iterator[Table]:
     yield rounds_table(report)
     yield devices_table(report)
+    yield times_table(report)
     yield downtime_table(report)
 
 
 def rounds_table(report: Report) -> Table:
-    """QEMU's passes; what only the servers knew of; the states."""
+    """QEMU's passes, and what of their pages was sent again; the states. What devices write by message is in
+    no count of pages but QEMU's own."""
     table = make_table("What was moved", ("", "pages", "size", "ms"))
     for one in report.rounds:
         name = f"pass {one.number}, guest stopped" if one.stopped else f"pass {one.number}"
@@ -47,25 +51,32 @@ def rounds_table(report: Report) -> Table:
     table.add_section()
     sent = size(report.ram.get("transferred", 0))
     table.add_row("guest memory in all", f"{report.pages:,}", sent, "")
-    table.add_row("handed over by the devices", f"{report.device_pages:,}", "", "")
+    by = "CPUs, and devices by message" if report.message_writes else "CPUs"
+    table.add_row(f"  again, written by {by}", f"{report.seen_pages:,}", "", "")
+    table.add_row("  again, handed over by devices", f"{report.device_pages:,}", "", "")
     table.add_row("states of the devices", "", size(report.state_bytes), "")
     return table
 
 
 def devices_table(report: Report) -> Table:
-    """A row for each device; its four times ran side by side."""
-    heads = ("device", "writes", "pages", "KiB", "stop", "log", "state", "intx", "view")
-    table = make_table("Devices: writes, state, and milliseconds while the guest stood still", heads, left=2)
+    """A row for each device."""
+    heads = ("device", "pages handed over", "writes by message", "size of these", "state")
+    table = make_table("Devices: what they wrote while memory was copied, and their states", heads)
     for device in report.devices:
-        table.add_row(plain(device.id), *_device(device))
+        counts = (f"{device.pages_handed_over:,}", f"{device.message_writes:,}")
+        sizes = (size(device.message_bytes), size(device.state_bytes))
+        table.add_row(plain(device.id), *counts, *sizes)
     return table
 
 
-def _device(device: DeviceReport) -> tuple[str, ...]:
-    how = "through" if device.write_through else "handed over"
-    pages = device.pages_by_message if device.write_through else device.pages_handed_over
-    times = (device.stop_ms, device.log_ms, device.state_ms, device.intx_ms, device.view_ms)
-    return how, f"{pages:,}", f"{device.state_bytes / 1024:.1f}", *(f"{ms:.1f}" for ms in times)
+def times_table(report: Report) -> Table:
+    """A row for each device; its times ran side by side."""
+    heads = ("device", "stop", "log", "state", "intx", "view")
+    table = make_table("Devices: milliseconds while the guest stood still", heads)
+    for device in report.devices:
+        times = (device.stop_ms, device.log_ms, device.state_ms, device.intx_ms, device.view_ms)
+        table.add_row(plain(device.id), *(f"{ms:.1f}" for ms in times))
+    return table
 
 
 def downtime_table(report: Report) -> Table:

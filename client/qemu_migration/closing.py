@@ -12,6 +12,7 @@ from vfio_user.client.qemu_migration.standing import ANSWER, End, advise, look
 from vfio_user.client.qemu_migration.trail import NONSENSE, TROUBLE, reason
 from vfio_user.client.qemu_migration.way_back import attempt, put_back_settings
 from vfio_user.client.qemu_migration.whose import Guest
+from vfio_user.client.qemu_migration.writes import written
 from vfio_user.protocol.json_rpc import REFUSED, RpcError
 
 
@@ -20,6 +21,7 @@ async def finish(move: Move) -> None:
     move.trail.begin(Step.FINISH)
     await attempt(move, "announce", lambda move: move.each(_announce))
     await attempt(move, "end the logs", lambda move: move.each(_end_log))
+    await attempt(move, "count what was written", lambda move: move.each(_count))
     await attempt(move, "put back the settings", put_back_settings)
 
 
@@ -35,6 +37,11 @@ async def _end_log(device: MovingDevice) -> None:
     if device.write_through:
         await device.source.call("write-through", on=False)
     await device.source.call("log-stop")
+
+
+async def _count(device: MovingDevice) -> None:
+    """All of it: the last look was before the stop."""
+    device.written = written(await device.source.call("state"))
 
 
 # The report

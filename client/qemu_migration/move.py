@@ -22,7 +22,7 @@ from vfio_user.client.qemu_migration.settings import Settings
 from vfio_user.client.qemu_migration.together import side_by_side
 from vfio_user.client.qemu_migration.trail import Trail
 from vfio_user.client.qemu_migration.view import View
-from vfio_user.client.qemu_migration.writes import Growth
+from vfio_user.client.qemu_migration.writes import Growth, Written
 from vfio_user.protocol.json_rpc import RpcError
 
 
@@ -46,9 +46,8 @@ class MovingDevice:
         """What the destination's QEMU was given of it while memory was copied."""
         self.placed = False
         """The destination's QEMU has the view already."""
-        self.messages = 0
-        """DMA writes by message before memory was copied."""
-        self.pages_by_message = 0
+        self.written_before = self.written = Written()
+        """By message, before memory was copied and until now."""
         self.pages_handed_over = 0
         self.intx_lowered = False
         self.ms: dict[str, float] = {}
@@ -67,7 +66,8 @@ class MovingDevice:
             write_through=self.write_through,
             state_bytes=self.carrier.bytes,
             pages_handed_over=self.pages_handed_over,
-            pages_by_message=self.pages_by_message,
+            message_writes=self.written.writes - self.written_before.writes,
+            message_bytes=self.written.bytes - self.written_before.bytes,
             intx_lowered=self.intx_lowered,
             **{f"{name}_ms": value for name, value in self.ms.items()},
         )

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The part of a move in which the guest runs: from the first question to QEMU's stop of the CPUs."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import trio
 
-from vfio_user.client.qemu_migration.answers import MOST_PAGES, pick, truth, whole
+from vfio_user.client.qemu_migration.answers import MOST_PAGES, truth, whole
 from vfio_user.client.qemu_migration.facts import DeviceFacts, Facts, ask_qemu
 from vfio_user.client.qemu_migration.move import Move, MovingDevice, within
 from vfio_user.client.qemu_migration.placing import place_early
@@ -17,12 +14,11 @@ from vfio_user.client.qemu_migration.settings import Settings
 from vfio_user.client.qemu_migration.together import side_by_side
 from vfio_user.client.qemu_migration.view import ask_chipset
 from vfio_user.client.qemu_migration.view import check as check_view
-from vfio_user.client.qemu_migration.writes import LOOK_SECONDS, LOOKS, choose, horizon, too_many
+from vfio_user.client.qemu_migration.writes import LOOK_SECONDS, LOOKS, choose, horizon, too_many, written
 
 LOOK_AGAIN = 0.2
 """Seconds between two looks at a migration that is under way."""
 SWITCHED = "pre-switchover"
-_MESSAGES = "dma_message_writes"
 
 
 async def check(move: Move) -> None:
@@ -108,15 +104,9 @@ async def _look(move: Move, device: MovingDevice) -> None:
     if not truth(state, "client", "attached"):
         raise MoveError(f"{device.id}: QEMU has left the source's server", Where.SOURCE)
     device.growth.add(move.trail.seconds, whole(state, "dirty_log", "pages", most=MOST_PAGES))
-    device.pages_by_message = _messages(state) - device.messages
+    device.written = written(state)
     if state["transfer"] is not None:
         device.carrier.bytes = whole(state, "transfer", "bytes")
-
-
-def _messages(state: Mapping[str, Any]) -> int:
-    """DMA writes by message; a server that has made none may not count them."""
-    counters = pick(state, "counters")
-    return whole(counters, _MESSAGES) if _MESSAGES in counters else 0
 
 
 async def _set(move: Move) -> None:
@@ -150,8 +140,7 @@ async def copy(move: Move) -> None:
 async def _forget(device: MovingDevice) -> None:
     """QEMU's first pass reads every page after this: what was written before needs no log."""
     await device.source.call("log-report", clear=True)
-    state = await device.source.call("state")
-    device.messages = _messages(state)
+    device.written_before = written(await device.source.call("state"))
 
 
 async def _watch(move: Move) -> None:

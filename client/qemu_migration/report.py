@@ -9,6 +9,8 @@ from typing import Any
 from vfio_user.client.qemu_migration.request import Writes
 from vfio_user.protocol.errors import VfioUserError
 
+PAGE = 4096
+
 
 class Step(Enum):
     """Where a migration is; the order is that of a successful one."""
@@ -120,8 +122,11 @@ class DeviceReport:
     write_through: bool = False
     state_bytes: int = 0
     pages_handed_over: int = 0
-    pages_by_message: int = 0
-    """DMA writes by message while memory was copied: QEMU has seen each."""
+    """Those that only its server knew of, however few of them were left when it began to write through."""
+    message_writes: int = 0
+    message_bytes: int = 0
+    """What it wrote by message since memory was copied, and the bytes of that: QEMU has seen each write, and
+    counts the pages among those that it sends again."""
     intx_lowered: bool = False
     stop_ms: float = 0.0
     log_ms: float = 0.0
@@ -176,6 +181,21 @@ class Report:
         return sum(device.pages_handed_over for device in self.devices)
 
     @property
+    def seen_pages(self) -> int:
+        """Pages that QEMU sent again as it saw them written: by the CPUs, and by devices by message. It tells
+        no more; of devices `DeviceReport` has the bytes."""
+        once = self.ram.get("total", 0) // (self.ram.get("page-size", 0) or PAGE)
+        return max(0, self.pages - once - self.device_pages)
+
+    @property
+    def message_writes(self) -> int:
+        return sum(device.message_writes for device in self.devices)
+
+    @property
+    def message_bytes(self) -> int:
+        return sum(device.message_bytes for device in self.devices)
+
+    @property
     def state_bytes(self) -> int:
         return sum(device.state_bytes for device in self.devices)
 
@@ -183,7 +203,10 @@ class Report:
         """All of it as JSON knows it, with the sums."""
         plain: dict[str, Any] = _plain(asdict(self))
         plain["downtime"]["total"] = self.downtime.total
-        return {**plain, "pages": self.pages, "device_pages": self.device_pages}
+        return {**plain, **{name: getattr(self, name) for name in _SUMS}}
+
+
+_SUMS = ("pages", "seen_pages", "device_pages", "message_writes", "message_bytes", "state_bytes")
 
 
 def _plain(value: Any) -> Any:

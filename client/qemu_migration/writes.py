@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Hand-over or write-through: what each page in a log will cost while the guest stands still. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from vfio_user.client.qemu_migration.answers import pick, whole
 from vfio_user.client.qemu_migration.request import Writes
 
 BUDGET_MS = 10.0
@@ -14,6 +16,21 @@ LOOKS = 4
 LOOK_SECONDS = 0.1
 """How often, and how far apart, the logs are looked at before anything is decided."""
 _HORIZON = (1.0, 30.0)  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a device has written by message since its server started."""
+
+    writes: int = 0
+    bytes: int = 0
+
+
+def written(state: Mapping[str, Any]) -> Written:
+    """By a server's `state`; one that has made no such write may not count them. ValueError."""
+    counters = pick(state, "counters")
+    names = ("dma_message_writes", "dma_message_write_bytes")
+    return Written(*(whole(counters, name) if name in counters else 0 for name in names))
 
 
 @dataclass(slots=True)

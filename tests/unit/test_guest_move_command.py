@@ -160,21 +160,45 @@ REPORT = Report(
     downtime=Downtime(3, 8, 9, 6, 4),
     qemu_downtime=21,
     devices=(
-        DeviceReport("nic0", "e1000", True, 98_304, 0, 1_234_567, True, 1.5, 2.5, 7.5, 3.5, 4.5),
+        DeviceReport("nic0", "e1000", True, 98_304, 169, 1_234_567, 98 << 30, True, 1.5, 2.5, 7.5, 3.5, 4.5),
         DeviceReport("nic1", "e1000", False, 4096, 321),
     ),
-    ram={"normal": 60_000, "duplicate": 5_300, "transferred": 95 << 20},
+    ram={"normal": 60_000, "duplicate": 5_300, "transferred": 95 << 20, "total": 60_000 << 12},
 )
 
 
-def test_the_tables_fit_80_columns() -> None:
+def shown(report: Report) -> str:
     console = Console(file=StringIO(), width=80)
-    for table in tables(REPORT):
+    for table in tables(report):
         console.print(table)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def cells(text: str, words: str) -> list[str]:
+    """The row that begins so."""
+    row = next(line for line in text.splitlines() if line.strip("│ ").startswith(words))
+    return row.strip("│ ").removeprefix(words).replace("│", " ").split()
+
+
+def test_the_tables_fit_80_columns() -> None:
+    text = shown(REPORT)
     assert "…" not in text
-    for words in ("65,000", "pass 2, guest stopped", "1,234,567", "321", "30.0", "65,300"):
+    for words in ("65,000", "pass 2, guest stopped", "30.0", "65,300"):
         assert words in text, words
+
+
+def test_what_was_written_is_told_by_who_wrote_it() -> None:
+    """Of 5,300 pages that were sent again, 490 were handed over; a count of messages is none of pages."""
+    text = shown(REPORT)
+    assert cells(text, "again, written by CPUs, and devices by message") == ["4,810"]
+    assert cells(text, "again, handed over by devices") == ["490"]
+    assert cells(text, "nic0") == ["169", "1,234,567", "100,352.0", "MiB", "96.0", "KiB"]
+    assert cells(text, "nic1") == ["321", "0", "0", "B", "4.0", "KiB"]
+    written = REPORT.to_json()
+    assert (written["seen_pages"], written["device_pages"]) == (4810, 490)
+    assert (written["message_writes"], written["message_bytes"]) == (1_234_567, 98 << 30)
+    alone = replace(REPORT, devices=REPORT.devices[1:])
+    assert cells(shown(alone), "again, written by CPUs") == ["4,979"]
 
 
 def test_what_is_shown_while_it_runs() -> None:
@@ -186,4 +210,6 @@ def test_what_is_shown_while_it_runs() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert [step.value in text for step in (Step.PRECOPY, Step.STOP, Step.DONE)] == [True, False, True]
     assert story(looks) == "pass 2: 3 of 8 MiB left, 5 MiB sent; device: 1,500 pages in the log"
-    assert "writes through" in story(replace(looks, write_through=True))
+    late = story(replace(looks, write_through=True))
+    assert late.endswith("device: writes through, 1,500 pages in the log")
+    assert story(replace(looks, write_through=True, device_pages=0)).endswith("device: writes through")
