@@ -25,10 +25,7 @@ async def check(move: Move) -> None:
     """Refused, with all the reasons. Nothing is touched."""
     move.trail.begin(Step.CHECK)
     move.facts = facts = await _ask(move)
-    reasons = find_reasons(facts, move.request)
-    if not reasons:
-        reasons = await _check_views(move, facts)
-    if reasons:
+    if reasons := find_reasons(facts, move.request) + await _check_views(move, facts):
         raise Refused(reasons)
     move.was_running = facts.source.status == "running"
     for device, found in zip(move.devices, facts.devices, strict=True):
