@@ -93,7 +93,7 @@ def command(
 
     URI is the way of QEMU's own stream, as tcp:HOST:PORT or unix:PATH. The destination's QEMU was started as
     the source's, with -incoming defer (or -incoming URI) and -S. A QMP ADDRESS is a socket's path or
-    HOST:PORT. Until the guest runs at the destination, Ctrl-C gives it back to the source.
+    HOST:PORT. Ctrl-C gives the guest back to the source, unless all of it has arrived at the destination.
 
     Ends with 0 when the guest runs at the destination, 1 when the move failed (and says where the guest is),
     2 when nothing was touched. See docs/qemu-migration.md.

@@ -50,6 +50,11 @@ class ControlClient:
         self._ids = count(1)
         self._lost: str | None = None
 
+    @property
+    def lost(self) -> bool:
+        """Whether the connection has ended, as far as anybody has noticed."""
+        return self._lost is not None
+
     async def call(self, method: str, *, fd: int | None = None, **params: Any) -> Any:
         """The result of a method. `fd` goes along and stays the caller's, who may close it at once.
 

@@ -116,6 +116,15 @@ class Move:
         """A new connection to a monitor that was lost. QmpLost."""
         await self._nursery.start(_keep, side, side.qmp.address)
 
+    async def reconnect_server(self, device: MovingDevice, where: Where) -> None:
+        """A new connection to a server whose control connection was lost. ControlLost."""
+        path = device.wanted.source if where is Where.SOURCE else device.wanted.destination
+        control = await self._nursery.start(_keep_control, path)
+        if where is Where.SOURCE:
+            device.source = control
+        else:
+            device.destination = control
+
     async def _one(self, work: Callable[[MovingDevice], Awaitable[None]], device: MovingDevice) -> None:
         try:
             await work(device)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import trio
 
+from vfio_user.client.control import ControlLost
 from vfio_user.client.qemu_migration.move import Move, MovingDevice, within
 from vfio_user.client.qemu_migration.qemu_side import ENDED
 from vfio_user.client.qemu_migration.qmp import QmpError, QmpLost
@@ -33,6 +34,21 @@ class Row:
     undoes: Step
     text: str
     run: Callable[[Move], Awaitable[None]]
+
+
+async def _reach_servers(move: Move) -> None:
+    """New connections where the old ones were lost, or a device that was stopped stays so. For a short time
+    only; a server that is gone is told of where it is missed."""
+    async with trio.open_nursery() as nursery:
+        for device in move.devices:
+            for control, where in ((device.source, Where.SOURCE), (device.destination, Where.DESTINATION)):
+                if control.lost:
+                    nursery.start_soon(_reach_server, move, device, where)
+
+
+async def _reach_server(move: Move, device: MovingDevice, where: Where) -> None:
+    with trio.move_on_after(RESUME), contextlib.suppress(ControlLost):
+        await move.reconnect_server(device, where)
 
 
 async def _stop_destinations(move: Move) -> None:
@@ -176,15 +192,28 @@ async def end_destination(move: Move) -> None:
         move.trail.note(_REMAINS)
 
 
-async def _write_by_mapping(move: Move) -> None:
+async def _every(move: Move, work: Callable[[MovingDevice], Awaitable[object]]) -> None:
+    """For each device, whatever became of the others; raises the first complaint at the end."""
+    complaints = []
     for device in move.devices:
+        try:
+            await work(device)
+        except Exception as error:  # it must not keep the next device's from being done
+            complaints.append(f"{device.id}: {reason(error)}")
+    if complaints:
+        raise MoveError("; ".join(complaints))
+
+
+async def _write_by_mapping(move: Move) -> None:
+    async def write(device: MovingDevice) -> None:
         if device.write_through:
             await device.source.call("write-through", on=False)
 
+    await _every(move, write)
+
 
 async def _stop_logs(move: Move) -> None:
-    for device in move.devices:
-        await device.source.call("log-stop")
+    await _every(move, lambda device: device.source.call("log-stop"))
 
 
 async def put_back_settings(move: Move) -> None:
@@ -198,11 +227,11 @@ async def put_back_settings(move: Move) -> None:
 
 async def _reset_destinations(move: Move) -> None:
     """As QEMU's own reset at its start left them; a state that was loaded must not come to life."""
-    for device in move.devices:
-        await device.destination.call("reset")
+    await _every(move, lambda device: device.destination.call("reset"))
 
 
 WAY_BACK: tuple[Row, ...] = (
+    Row(Step.CONNECT, "reach servers whose connections were lost", _reach_servers),
     Row(Step.START, "stop and reset the destination's devices, which run already", _stop_destinations),
     Row(Step.STATE, "let the source's devices go on, before the CPUs do", _resume_sources),
     Row(Step.CONNECT, "reach monitors that were lost", _reach_monitors),
