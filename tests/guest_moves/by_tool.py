@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import trio
 
+from guest_moves.nic import note_move
 from vfio_user.client.qemu.moving import Moving, Side
 from vfio_user.client.qemu_migration.migrate import GuestMigration
-from vfio_user.client.qemu_migration.report import Outcome, Progress, Report
+from vfio_user.client.qemu_migration.report import Outcome, Progress, Report, Step
 from vfio_user.client.qemu_migration.request import DeviceRequest, Limits, Request, Writes
 
 Tell = Callable[[Progress], None]
@@ -38,9 +39,16 @@ async def move(
 ) -> Report:
     """To the other place; the guest must arrive."""
     destination = destination or await moving.prepare()
+    begun = dict[Step, float]()
+
+    def watch(progress: Progress) -> None:
+        begun.setdefault(progress.step, trio.current_time())
+        tell(progress)
+
     with trio.fail_after(180):
-        report = await GuestMigration(request(moving, destination, writes), tell).run()
+        report = await GuestMigration(request(moving, destination, writes), watch).run()
     assert report.outcome is Outcome.COMPLETED, str(report.failure)
     assert report.notes == ()
     await moving.moved(destination)
+    await note_move(moving.guest, trio.current_time() - begun[Step.STOP])
     return report

@@ -13,7 +13,7 @@ import pytest
 
 from guest_moves.counts import MOVES, SOAK
 from guest_moves.guest_programs import begin_scribbling, check_scribbling, scribble_options
-from guest_moves.nic import GUEST, HOST, NIC, complaints, transferring
+from guest_moves.nic import GUEST, HOST, NIC, complaints, note_move, transferring
 from guest_moves.pinger import pinging
 from vfio_user.client.qemu.lab import Lab
 from vfio_user.client.qemu.moving import BRIDGE, Model, Moving, Side, open_moving, two_hosts
@@ -81,6 +81,7 @@ async def move_by_command(moving: Moving, server: SshServer, here: Namespace, fo
     assert (told["outcome"], told["guest"], told["notes"]) == ("completed", "destination", [])
     assert [device["id"] for device in told["devices"]] == list(source.controls)
     await moving.moved(destination)
+    await note_move(moving.guest, 2.0)  # announcements and all
 
 
 def _sockets(source: Side, destination: Side, reached: Mapping[Path, Path]) -> list[str]:
