@@ -18,7 +18,7 @@ from vfio_user.client.qemu.namespace import open_namespace
 from vfio_user.client.qemu.traffic import bring_up, ping
 from vfio_user.client.qemu_migration.migrate import migrate_guest
 from vfio_user.client.qemu_migration.qmp import Events, open_qmp
-from vfio_user.client.qemu_migration.report import Outcome, Report
+from vfio_user.client.qemu_migration.report import Outcome, Report, Step
 from vfio_user.client.qemu_migration.request import DeviceRequest, Request
 
 HOST, GUEST = "10.98.0.1", "10.98.0.2"
@@ -30,6 +30,8 @@ WRITER = Model(
     "vfio_user.benchmarks.writing_device:Writer", "writer", ["--set", f"base={OWN}", "--set", f"size={RANGE}"]
 )
 RATE = 100
+LEAST_RATE = 0.9 * RATE
+"""MB/s that it must have written while memory was copied: what is only asked for measures nothing."""
 BANDWIDTH = 4 << 30
 DOWNTIME = 20
 """Milliseconds: QEMU's `downtime-limit`, for all of them. Its default of 300 is a wish to stop early."""
@@ -140,11 +142,24 @@ async def downtime(guests: Guests, number: int, results: Results) -> None:
         else:
             await guests.written.guest.check(f"{_SET_RATE}{RATE}")
             found["downtime.written"] = await move_ours(guests.written)
+            check_rate(found["downtime.written"])
             await guests.written.guest.check(f"{_SET_RATE}0")
     for key, report in found.items():
         results.add(key, report.downtime.total, alone)
         for part, milliseconds in asdict(report.downtime).items():
             results.add(f"{key}.{part}", milliseconds, report.downtime.total)
+
+
+def check_rate(report: Report) -> None:
+    """BenchmarkError unless the writer wrote as much as it was to. At that rate it writes by message, and the
+    report counts from the first pass to the stop."""
+    begun: dict[Step, float] = {}
+    for progress in report.samples:
+        begun.setdefault(progress.step, progress.seconds)
+    seconds = begun[Step.STOP] - begun[Step.PRECOPY]
+    rate = sum(one.message_bytes for one in report.devices if one.id == WRITER.id) / seconds / 1e6
+    if rate < LEAST_RATE:
+        raise BenchmarkError(f"the device wrote {rate:.0f} MB/s by message instead of {RATE}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,8 @@ class Writer(PciDevice):
         now = self.host.clock()
         due = (now - self._since) * self._rate.value // (1000 * PIECE)
         if due:
-            self._since, self._allowed = now, min(self._allowed + due, self._written.value + _MOST)
+            self._since += due * 1000 * PIECE // self._rate.value  # what is due of a piece stays so
+            self._allowed = min(self._allowed + due, self._written.value + _MOST)
             self.host.start("write", self._write)
         self.host.call_at(now + _TICK, self._tick)
 

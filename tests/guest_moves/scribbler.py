@@ -97,7 +97,8 @@ class Scribbler(PciDevice):
         now = self.host.clock()
         due = (now - self._begun) * self._rate.value // (1000 * CHUNK)
         if due:
-            self._begun, self._allowed = now, min(self._allowed + due, self._chunks.value + 400)
+            self._begun += due * 1000 * CHUNK // self._rate.value  # what is due of a chunk stays so
+            self._allowed = min(self._allowed + due, self._chunks.value + 400)
             self.host.start("scribble", self._scribble)
         self.host.call_at(now + TICK, self._tick)
 
