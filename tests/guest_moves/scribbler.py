@@ -17,6 +17,7 @@ from vfio_user.device_models.registers import Register, RegisterFile
 from vfio_user.device_models.state import Section
 from vfio_user.device_models.state_memory import StateMemory
 from vfio_user.server.dirty import DirtyLog
+from vfio_user.server.guest_memory import GuestMemory
 
 PAGE, HUGE, CHUNK = 4096, 2 << 20, 65536
 PIECES = 128
@@ -134,6 +135,16 @@ class Scribbler(PciDevice):
         except DmaError:
             self._status.value |= FAILED
         self._status.value &= ~DUMP
+
+
+class Unheeding(Scribbler):
+    """Its server says that it writes through, and goes on writing by its mapping; and forgets what it wrote,
+    or that would be handed over."""
+
+    def __init__(self, host: Host, **options: Any) -> None:
+        super().__init__(host, **options)
+        setattr(DirtyLog, "mark", lambda log, offset, length: None)  # noqa: B010
+        setattr(GuestMemory, "set_write_through", lambda memory, on: None)  # noqa: B010
 
 
 class Unlogged(Scribbler):
