@@ -2,16 +2,17 @@
 """A guest with our e1000 is moved to and fro under checked TCP both ways and pings: it hardly notices."""
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from guest_moves.by_tool import Tell, move
+from guest_moves.announced import TIMES, Announcements, listening
+from guest_moves.by_tool import move
 from guest_moves.counts import MOVES, SOAK
 from guest_moves.nic import (
     GUEST,
@@ -32,7 +33,7 @@ from vfio_user.client.qemu.machine import Machine
 from vfio_user.client.qemu.moving import Moving, one_host, open_moving
 from vfio_user.client.qemu.namespace import Namespace
 from vfio_user.client.qemu.traffic import GUEST_FILES, bring_up
-from vfio_user.client.qemu_migration.report import Step
+from vfio_user.client.qemu_migration.report import Progress, Report, Step
 from vfio_user.client.qemu_migration.request import Writes
 
 pytestmark = [pytest.mark.qemu, pytest.mark.root, pytest.mark.timeout(900)]
@@ -78,36 +79,81 @@ def open_guest(
     return open_moving(lab, machine, [replace(NIC, root_port=shape.root_port)], places)
 
 
+@dataclass
+class Watch:
+    """The network's side of moves."""
+
+    pinger: Pinger
+    announcements: Announcements
+    marks: dict[Step, float] = field(default_factory=dict)
+
+    def tell(self, progress: Progress) -> None:
+        self.marks.setdefault(progress.step, trio.current_time())
+
+    async def no_more_lost_than_downtime(self, report: Report, begun: float) -> None:
+        """After a move that was begun then. Until the guest has announced itself, the bridge sends its frames
+        to the source."""
+        announced = await self.announcements.first_since(self.marks[Step.START])
+        ended = await self.pinger.next_answer()
+        await self.pinger.next_answer()
+        down = report.downtime.total / 1000 + max(0, announced - self.marks[Step.FINISH])
+        waiting = self.pinger.slowest(begun, self.marks[Step.STOP])
+        lost = self.pinger.lost(begun, ended)
+        before, after = self.pinger.lost(begun, self.marks[Step.STOP]), self.pinger.lost(announced, ended)
+        print(f"{lost} lost in {down:.3f} s ({before} before, {after} after); {waiting:.3f} s before")
+        assert lost <= (down + waiting) / INTERVAL + ON_THE_WAY
+
+
+@contextlib.asynccontextmanager
+async def watching(namespace: Namespace) -> AsyncIterator[Watch]:
+    async with listening(namespace) as announcements, pinging(namespace, GUEST) as pinger:
+        yield Watch(pinger, announcements)
+
+
+@contextlib.asynccontextmanager
+async def nothing() -> AsyncIterator[None]:
+    yield
+
+
 @shapes("q35", "i440fx")
 async def test_to_and_fro(lab: Lab, namespace: Namespace, shape: Shape) -> None:
     async with open_guest(lab, namespace, shape, files=GUEST_FILES) as moving:
         await bring_up(moving.guest, f"{GUEST}/24")
         await moving.guest.check("dmesg -c")
-        async with pinging(namespace, GUEST) as pinger:
-            async with transferring(moving, namespace, MOVES + 1) as transfers:
-                for _ in range(MOVES):
-                    await moved_without_loss(moving, pinger, shape.writes)
-            assert min(transfers.rounds) > MOVES
-        await check_afterwards(moving.guest)
+        await move_to_and_fro(moving, namespace, shape, nothing)
 
 
-async def moved_without_loss(moving: Moving, pinger: Pinger, writes: Writes) -> None:
-    async with no_more_lost_than_downtime(pinger) as tell:
-        await move(moving, writes, tell)
+async def move_to_and_fro(
+    moving: Moving,
+    namespace: Namespace,
+    shape: Shape,
+    around: Callable[[], AbstractAsyncContextManager[None]],
+) -> list[Report]:
+    reports = []
+    async with watching(namespace) as watch:
+        async with transferring(moving, namespace, MOVES + 1) as transfers:
+            for _ in range(MOVES):
+                destination = await moving.prepare()
+                watch.marks.clear()
+                begun = trio.current_time()
+                async with around():
+                    report = await move(moving, shape.writes, watch.tell, destination)
+                await watch.no_more_lost_than_downtime(report, begun)
+                reports.append(report)
+        assert min(transfers.rounds) > MOVES
+        await check_announcements(moving.guest, watch.announcements)
+    await check_afterwards(moving.guest)
+    return reports
 
 
-@contextlib.asynccontextmanager
-async def no_more_lost_than_downtime(pinger: Pinger) -> AsyncIterator[Tell]:
-    """The block makes a move, whose progress is to be told."""
-    begun, marks = trio.current_time(), dict[Step, float]()
-    yield lambda progress: marks.update({progress.step: trio.current_time()})
-    ended = await pinger.next_answer()
-    await pinger.next_answer()
-    # Until it has announced itself, the bridge sends its frames to the source.
-    lost, down = pinger.lost(begun, ended), marks[Step.DONE] - marks[Step.STOP]
-    waiting = pinger.slowest(begun, marks[Step.STOP])
-    print(f"{lost} lost in {down:.3f} s; {waiting:.3f} s before")
-    assert lost <= (down + waiting) / INTERVAL + ON_THE_WAY
+async def check_announcements(guest: Machine, found: Announcements) -> None:
+    """Five for each move, within 0.8 s."""
+    own = bytes.fromhex((await guest.check("cat /sys/class/net/eth0/address")).replace(":", ""))
+    with trio.fail_after(20):
+        while len(found.times) < MOVES * TIMES:  # noqa: ASYNC110 - the last ones are on their way
+            await trio.sleep(0.05)
+    await trio.sleep(0.1)
+    assert (found.bad, found.senders) == ([], [own] * MOVES * TIMES)
 
 
 async def check_afterwards(guest: Machine) -> None:
@@ -131,15 +177,8 @@ async def open_held_guest(lab: Lab, namespace: Namespace, shape: Shape, hold: Pa
 @shapes("root-port")
 async def test_with_intx_held_high(lab: Lab, namespace: Namespace, shape: Shape, hold: Path) -> None:
     async with open_held_guest(lab, namespace, shape, hold) as moving:
-        async with pinging(namespace, GUEST) as pinger:
-            async with transferring(moving, namespace, MOVES + 1) as transfers:
-                for _ in range(MOVES):
-                    destination = await moving.prepare()
-                    async with no_more_lost_than_downtime(pinger) as tell, intx_held(moving):
-                        report = await move(moving, shape.writes, tell, destination)
-                        assert report.devices[0].intx_lowered
-            assert min(transfers.rounds) > MOVES
-        await check_afterwards(moving.guest)
+        reports = await move_to_and_fro(moving, namespace, shape, lambda: intx_held(moving))
+        assert all(report.devices[0].intx_lowered for report in reports)
 
 
 @pytest.mark.skipif(not SOAK, reason="what the test above would see is seen there: VFIO_USER_SOAK")
