@@ -11,7 +11,16 @@ from guest_moves.counts import MOVES, SOAK
 from guest_moves.nic import GUEST as ADDRESS
 from guest_moves.nic import HOST, NIC, complaints
 from guest_moves.pinger import pinging
-from guest_moves.vectors import GUEST, model, require_marks, require_vectors, set_up, use_vectors
+from guest_moves.vectors import (
+    GUEST,
+    mask_all,
+    model,
+    require_all_masked,
+    require_marks,
+    require_vectors,
+    set_up,
+    use_vectors,
+)
 from vfio_user.client.qemu.command import Chipset
 from vfio_user.client.qemu.lab import Lab
 from vfio_user.client.qemu.moving import one_host, open_moving
@@ -32,13 +41,17 @@ async def test_vectors_are_kept_beside_a_card(lab: Lab, namespace: Namespace, ch
         await moving.guest.check("dmesg -c")
         guest = await set_up(moving.guest)
         async with pinging(namespace, ADDRESS) as pinger:
-            for _ in range(MOVES if SOAK else 2):
+            for number in range(MOVES if SOAK else 2):
                 await use_vectors(guest)
+                if number % 2:
+                    await mask_all(guest)
                 before = await guest.space()
                 await move(moving)
                 guest = replace(guest, machine=moving.guest)
                 assert await guest.space() == before
                 await require_marks(guest)
+                if number % 2:
+                    await require_all_masked(guest)
                 await require_vectors(guest)
                 await pinger.next_answer()
         assert complaints(await moving.guest.kernel_log()) == []

@@ -176,6 +176,7 @@ async def test_a_second_function_with_msi_and_then_asleep(lab: Lab, namespace: N
         await guest.configure(f"CAP_MSI+4.l={NOBODYS:x}", "CAP_MSI+c.w=1230", "CAP_MSI+2.w=21")
         before = await guest.space()
         await move(moving)
+        await by_tool.move(moving)
         guest = replace(guest, machine=moving.guest)
         assert await guest.space() == before
         await require_marks(guest)
