@@ -19,9 +19,9 @@ from guest_moves.pinger import Pinger, pinging
 from vfio_user.client.control import open_control
 from vfio_user.client.qemu.command import MachineOptions
 from vfio_user.client.qemu.lab import Lab
-from vfio_user.client.qemu.moving import Moving, Side, one_host, open_moving
+from vfio_user.client.qemu.moving import Model, Moving, Side, one_host, open_moving
 from vfio_user.client.qemu.namespace import Namespace
-from vfio_user.client.qemu.traffic import bring_up
+from vfio_user.client.qemu.traffic import bring_up, ping
 from vfio_user.client.qemu_migration.migrate import GuestMigration
 from vfio_user.client.qemu_migration.qmp import Qmp, QmpLost, open_qmp
 from vfio_user.client.qemu_migration.report import Outcome, Progress, Report, Step
@@ -33,6 +33,9 @@ SLOW = 2 << 20
 """Bytes a second: the guest's memory then takes seconds, and what happens in between does."""
 LIMITS = Limits(timeout=120, stop=30, standstill=60, recovery=8)
 """Of time-outs only that for the way back may come where none is meant to."""
+
+
+BUSY = 3
 
 
 @dataclass
@@ -78,10 +81,10 @@ class Bench:
         server.send_signal(signal.SIGSTOP)
         self.nursery.start_soon(_go_on, server)
 
-    def end_source_server(self) -> None:
+    def end_source_server(self, id: str) -> None:
         """It reads what QEMU has sent before it ends. The kernel resets the connection of one that did not,
         and QEMU 11.1.3 then aborts: its `vfio_user_recv_hdr` sets an error that is set already."""
-        self.moving.here.kill_server(NIC.id, signal.SIGTERM)
+        self.moving.here.kill_server(id, signal.SIGTERM)
 
     def nothing(self) -> None:
         pass
@@ -108,6 +111,8 @@ class Case:
     limits: Limits = LIMITS
     quick: bool = True
     """Also outside of the soak test."""
+    still: float = 1.0
+    """Seconds in which the guest may be silent; while memory is copied its CPUs never stop."""
 
 
 CASES: Mapping[str, Case] = {
@@ -120,14 +125,22 @@ CASES: Mapping[str, Case] = {
     "destination killed at the hand-over": Case(Step.HAND_OVER, Bench.kill_destination),
     "destination killed in the last pass": Case(Step.LAST_PASS, Bench.kill_destination, quick=False),
     "destination hangs in the last pass": Case(
-        Step.LAST_PASS, Bench.freeze_destination, limits=replace(LIMITS, standstill=3), quick=False
+        # 3 s and twice 0.3 until it is given up, 1 s to be heard by the source.
+        Step.LAST_PASS,
+        Bench.freeze_destination,
+        limits=replace(LIMITS, standstill=3),
+        quick=False,
+        still=6,
     ),
     "destination's server killed": Case(Step.PRECOPY, Bench.kill_destination_server, slow=True, quick=False),
     "destination's server killed at the hand-over": Case(Step.HAND_OVER, Bench.kill_destination_server),
     "source's monitor lost": Case(Step.PRECOPY, Bench.cut_source, slow=True),
     "destination's monitor lost": Case(Step.PRECOPY, Bench.cut_destination, slow=True, quick=False),
     "destination's monitor lost at the hand-over": Case(Step.HAND_OVER, Bench.cut_destination),
-    "the device does not stop": Case(Step.STOP, Bench.freeze_source_server, limits=replace(LIMITS, stop=0.5)),
+    # Frozen for 1.5 s, and the guest's accesses with it.
+    "the device does not stop": Case(
+        Step.STOP, Bench.freeze_source_server, limits=replace(LIMITS, stop=0.5), still=3
+    ),
 }
 
 
@@ -182,31 +195,37 @@ async def runs_and_stays(qmp: Qmp) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def guest_with_nic(lab: Lab, namespace: Namespace) -> AsyncIterator[tuple[Moving, Pinger]]:
+async def guest_with_nic(
+    lab: Lab, namespace: Namespace, *others: Model
+) -> AsyncIterator[tuple[Moving, Pinger]]:
     places, options = one_host(namespace, f"{HOST}/24"), MachineOptions(memory_mib=192)
-    async with open_moving(lab, options, [NIC], places) as moving:
+    async with open_moving(lab, options, [NIC, *others], places) as moving:
         await bring_up(moving.guest, f"{GUEST}/24")
         await moving.guest.check("dmesg -c")
         async with pinging(namespace, GUEST) as pinger:
             yield moving, pinger
 
 
-async def test_the_source_goes_on(lab: Lab, namespace: Namespace) -> None:
-    async with guest_with_nic(lab, namespace) as (moving, pinger):
+async def test_the_source_goes_on(lab: Lab, namespace: Namespace, scribbler: Model) -> None:
+    async with guest_with_nic(lab, namespace, scribbler) as (moving, pinger):
         for name, case in CASES.items():
             if not (case.quick or SOAK):
                 continue
             await set_bandwidth(moving.here, SLOW if case.slow else SLOW << 11)
-            begun = trio.current_time()
+            prepared = trio.current_time()
             async with bench(moving) as one:
+                begun = trio.current_time()
                 report = await attempt(one, case)
             print(f"{name}: {report.failure}; {report.source}; {report.destination}; {report.notes}")
             assert (report.outcome, report.guest) == (case.outcome, "source"), name
             assert not await runs(one.destination), name
             await pinger.next_answer()
             assert await runs(moving.here), name
-            # It never stood still for longer than it took to find out.
-            assert pinger.silence(begun, trio.current_time()) < 10, name
+            # It never stood still for longer than it took to find out. What a QEMU that starts beside it
+            # costs on this machine is the measure of how busy that is.
+            silence, usual = pinger.silence(begun, trio.current_time()), pinger.silence(prepared, begun)
+            print(f"{name}: silent for {silence:.3f} s; {usual:.3f} s before")
+            assert silence < case.still + BUSY * usual, name
             await one.destination.close()
         await moving.guest.check("true")
         assert complaints(await moving.guest.kernel_log()) == []
@@ -214,7 +233,16 @@ async def test_the_source_goes_on(lab: Lab, namespace: Namespace) -> None:
         await killed_before_the_start(moving, pinger)
         await move(moving, destination=await moving.prepare(keep_stopped=False))
         await pinger.next_answer()
-        await the_source_server_dies(moving)
+        await the_source_server_dies(moving, scribbler.id)
+        # The card beside it works as ever.
+        await pinger.next_answer()
+        await ping(moving.guest, HOST, 20)
+
+
+@pytest.mark.skipif(not SOAK, reason="of another device than the card in the test above: VFIO_USER_SOAK")
+async def test_the_card_is_lost(lab: Lab, namespace: Namespace) -> None:
+    async with guest_with_nic(lab, namespace) as (moving, _):
+        await the_source_server_dies(moving, NIC.id)
 
 
 async def killed_before_the_start(moving: Moving, pinger: Pinger) -> None:
@@ -237,15 +265,20 @@ async def killed_before_the_start(moving: Moving, pinger: Pinger) -> None:
     assert complaints(await moving.guest.kernel_log()) == []
 
 
-async def the_source_server_dies(moving: Moving) -> None:
+async def the_source_server_dies(moving: Moving, id: str) -> None:
     """The device is lost, and the report says so; the guest goes on without it."""
     await set_bandwidth(moving.here, SLOW)
     async with bench(moving) as one:
         limits = replace(LIMITS, recovery=30)  # QEMU, without its server, is deaf for 5 s at a time
-        report = await attempt(one, Case(Step.PRECOPY, Bench.end_source_server, slow=True, limits=limits))
-    print(f"{report.failure}; {report.source}; {report.destination}; {report.notes}")
-    assert report.outcome is Outcome.FAILED
-    assert f"{NIC.id} is lost" in report.source
+        end = lambda bench: bench.end_source_server(id)  # noqa: E731
+        report = await attempt(one, Case(Step.PRECOPY, end, slow=True, limits=limits))
+    print(f"{report.failure}; {report.source}; {report.destination}; {report.notes}; {report.by_hand}")
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "source")
+    assert f"{id} is lost" in report.source
+    others = [other for other in moving.here.controls if other != id]
+    assert all(f"{other} runs" in report.source for other in others)
+    lost = [line for line in report.by_hand if "the device is lost to this guest" in line]
+    assert [f"the server of {id}:" in line for line in lost] == [True]
     with trio.fail_after(300):
         while not await runs(moving.here):
             assert moving.here.machine.child.popen.poll() is None, moving.here.machine.qemu_log()
