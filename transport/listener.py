@@ -121,13 +121,14 @@ def listen_unseen(path: Path, listen: Callable[[Path], T], close: Callable[[T], 
     other = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     if len(os.fsencode(other)) > SUN_PATH_SIZE:
         return listen(path)
-    made = listen(other)
     try:
-        if _link(other, path):
-            return made
-    except OSError:
-        close(made)
-        raise
+        made = listen(other)
+        try:
+            if _link(other, path):
+                return made
+        except OSError:
+            close(made)
+            raise
     finally:
         other.unlink(missing_ok=True)
     close(made)

@@ -95,7 +95,10 @@ class LibvfioUserServer(Engine[LibraryHost]):
             if not context.attach():
                 return False
         except OSError as error:
-            logger.info("a client has been refused: %s", error.strerror)
+            silent = error.errno == errno.EINTR
+            logger.log(
+                logging.WARNING if silent else logging.INFO, "a client has been refused: %s", error.strerror
+            )
             return False
         self.clients_served += 1
         self._client_fd = context.poll_fd()

@@ -20,8 +20,6 @@ from vfio_user.transport.listener import BACKLOG
 
 logger = logging.getLogger(__name__)
 
-IDLE = frozenset({errno.EAGAIN, errno.EINTR})
-
 RegionAccess = Callable[[int | None, int, int, int, bool], int]
 """Context, address of the buffer, count, offset, whether it is a write; gives the count."""
 
@@ -42,14 +40,20 @@ class Context:
         self._irq_trigger = self._call["vfu_irq_trigger"]
         self._run_ctx = self._call["vfu_run_ctx"]
         self._sg = ctypes.create_string_buffer(self._call["dma_sg_size"]())
-        self._setup_log()
-        self._let_clients_wait()
+        try:
+            self._setup_log()
+            self._let_clients_wait()
+        except BaseException:
+            self.destroy()
+            raise
 
     def destroy(self) -> None:
         """Release everything; a client that is there is told of by the callbacks of the loss of a client."""
         pointer, self._pointer = self._pointer, 0
         if pointer:
             self._call["vfu_destroy_ctx"](pointer)
+        self.guard.release()
+        self.guard.reraise()
 
     # Setting up
 
@@ -150,22 +154,25 @@ class Context:
         return int(self._call["vfu_get_poll_fd"](self._pointer))
 
     def attach(self) -> bool:
-        """Take a client that waits and negotiate. False: none waits. OSError: it was refused."""
+        """Take a client that waits and negotiate. False: none waits. OSError: it was refused; EINTR: a signal
+        came while it said nothing, and the library gave it up."""
         try:
             self._call["vfu_attach_ctx"](self._pointer)
         except OSError as error:
-            if error.errno in IDLE:
+            if error.errno == errno.EAGAIN:
                 return False
             raise
+        finally:
+            self.guard.reraise()
         return True
 
     def run(self) -> int:
         """Serve one request, if there is one; how many were served. OSError: ENOTCONN when the client has
-        gone, others when the stream cannot be read."""
+        gone, others when the stream cannot be read; EINTR: a signal came while a message was half sent."""
         try:
             return int(self._run_ctx(self._pointer))
         except OSError as error:
-            if error.errno in IDLE:
+            if error.errno == errno.EAGAIN:
                 return 0
             raise
         finally:

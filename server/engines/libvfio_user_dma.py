@@ -16,7 +16,7 @@ from typing import Any
 
 from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.tasks import Completion
-from vfio_user.protocol.errors import DeviceError
+from vfio_user.protocol.errors import DeviceError, VfioUserError
 from vfio_user.server.dma_region import Access, DmaRegion, RegionSpec
 from vfio_user.server.dma_table import DmaTable
 from vfio_user.server.engines import libvfio_user_abi as abi
@@ -24,6 +24,9 @@ from vfio_user.server.engines.libvfio_user_context import Context
 
 logger = logging.getLogger(__name__)
 
+LOST = frozenset({errno.EPROTO, errno.EINTR})
+"""The library has taken another message for a reply, or a signal came while it waited for one: what comes
+next in the stream is not what it takes it for."""
 MESSAGE_SIZE = 4096
 """Bytes of a DMA message: the library does not tell what the client's max_data_xfer_size is."""
 
@@ -78,11 +81,14 @@ def _views_of(view: memoryview) -> int:
 
 
 class LibraryTable(DmaTable):
-    """The regions that the library has."""
+    """The regions that the library has, but for those that `check` refuses."""
+
+    def check(self, spec: RegionSpec) -> None:
+        """Errors are those of `map`."""
+        self._check(spec)
 
     def insert(self, region: DmaRegion) -> None:
-        """Add a region that is open already. Errors are those of `map`."""
-        self._check(RegionSpec(region.address, region.size))
+        """Add a region that is open already, and has been checked."""
         insort(self._starts, region.address)
         self._regions[region.address] = region
 
@@ -97,15 +103,21 @@ class LibraryDma:
         self._lost = 0
 
     def register(self, info: Any) -> None:
-        """The client has mapped a region (vfu_dma_register_cb_t). The same one may come twice."""
+        """The client has mapped a region (vfu_dma_register_cb_t). The same one may come twice.
+
+        One that we refuse is mapped all the same, as far as the client is told: this callback has no result.
+        """
         spec = _spec(info)
         known = self._table.find(spec.address)
         if known is not None and (known.address, known.size) == (spec.address, spec.size):
             return
-        if info.vaddr:
-            self._table.insert(LibraryRegion(spec, info.vaddr, self._context.mark_dirty))
-        else:
-            self._table.insert(DmaRegion(spec))
+        try:
+            self._table.check(spec)
+        except VfioUserError as error:
+            logger.warning("the device cannot use guest memory that has been mapped: %s", error.reason)
+            return
+        mapped = LibraryRegion(spec, info.vaddr, self._context.mark_dirty) if info.vaddr else DmaRegion(spec)
+        self._table.insert(mapped)
 
     def unregister(self, info: Any) -> None:
         """A region goes (vfu_dma_unregister_cb_t)."""
@@ -139,14 +151,14 @@ class LibraryDma:
             completion.finish(len(data))
 
     def take_lost(self) -> int:
-        """The errno, once, when the library has taken another message for the reply: the stream is lost."""
+        """The errno, once, of `LOST`."""
         lost, self._lost = self._lost, 0
         return lost
 
     def _failed(self, error: OSError) -> None:
         """Raise, unless the client has been lost: its task has been cut then, and ends at this await."""
-        if error.errno == errno.EPROTO:
-            self._lost = errno.EPROTO
+        if error.errno in LOST:
+            self._lost = error.errno or 0
         if error.errno != errno.ENOTCONN:
             raise DeviceError(f"DMA by message: {error.strerror}", error.errno) from error
 

@@ -50,6 +50,11 @@ class Guard:
         self._interruption = error  # Ctrl-C, for one
         return errno.EINTR
 
+    def release(self) -> None:
+        """C is done with the callbacks. Each knows its context, which has us: they would wait, with all that
+        they hold, for a garbage collection that may be far away."""
+        self._kept.clear()
+
     def reraise(self) -> None:
         """Raise what interrupted a callback and is no `Exception`; to be called once C has returned."""
         error, self._interruption = self._interruption, None

@@ -17,7 +17,7 @@ from typing import Any
 from vfio_user.server.engines.libvfio_user_abi import FUNCTIONS, SONAME, Abi, CType, Fails, Function
 
 VARIABLE = "VFIO_USER_LIBVFIO_USER"
-HOW_TO_GET = f"build it with `make lab`, or name one with {VARIABLE}=PATH"
+HOW_TO_GET = f"build it with `make lab` or `vfio-user lab`, or name one with {VARIABLE}=PATH"
 
 V1_NAME = "vfu_get_migr_register_area_size"
 FIXED_LIMIT, GIVEN_LIMIT = b"hit max regions %d", b"hit max regions %zu"

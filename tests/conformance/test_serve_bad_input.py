@@ -141,7 +141,7 @@ def test_no_library_at_all(refused: Refused, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("VFIO_USER_LAB", str(tmp_path))
     monkeypatch.setattr("vfio_user.server.engines.libvfio_user_library.SONAME", "libvfio-user-none.so.0")
     complaint = refused("scratch", "--engine", "libvfio-user", "--socket-path", tmp_path / "nic.sock")
-    assert f"build it with `make lab`, or name one with {VARIABLE}=PATH" in complaint
+    assert f"build it with `make lab` or `vfio-user lab`, or name one with {VARIABLE}=PATH" in complaint
 
 
 def test_a_descriptor_that_the_engine_does_not_take(refused: Refused) -> None:

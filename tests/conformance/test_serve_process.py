@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -73,6 +74,60 @@ async def test_a_signal_ends_it_with_status_0_and_removes_the_socket(
             assert exit_of(process) == (0, "")
             await raw.expect_closed()
     assert not path.exists()
+
+
+async def opened(process: "subprocess.Popen[str]", alone: Counter[str]) -> None:
+    """It has taken a client, and sleeps."""
+    with trio.fail_after(20):
+        while holdings(process.pid) == alone or _state(process.pid) != "S":  # noqa: ASYNC110  # nobody tells
+            await trio.sleep(0.005)
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+
+
+async def test_a_client_that_says_nothing_does_not_keep_it_from_ending(tmp_path: Path, engine: str) -> None:
+    path = tmp_path / "nic.sock"
+    with serving("scratch", "--socket-path", path, "--engine", engine) as process:
+        alone = holdings(process.pid)
+        async with connect(path, negotiated=False) as raw:
+            await opened(process, alone)
+            process.terminate()
+            status, complaint = exit_of(process)
+            await raw.expect_closed()
+    assert (status, complaint[len(TIME) :]) == (0, REFUSED[engine])
+    assert not path.exists()
+
+
+TIME = "2026-11-30 12:00:00,000"
+REFUSED = {
+    "native": "",
+    "libvfio-user": " WARNING vfio_user.server.engines.libvfio_user: a client has been refused: "
+    "vfu_attach_ctx: Interrupted system call\n",
+}
+"""What is said of a client that had said nothing when a signal came: the library gives it up."""
+
+
+async def test_a_client_that_says_nothing_while_counters_are_asked_for(tmp_path: Path, engine: str) -> None:
+    """It is not given up without a word, and the next one is served."""
+    path = tmp_path / "nic.sock"
+    with serving("scratch", "--stats", "--socket-path", path, "--engine", engine) as process:
+        alone = holdings(process.pid)
+        async with connect(path, negotiated=False) as raw:
+            await opened(process, alone)
+            process.send_signal(signal.SIGUSR1)
+            assert process.stdout is not None
+            assert await trio.to_thread.run_sync(process.stdout.readline) == "# counters: SIGUSR1\n"
+            if REFUSED[engine]:
+                await raw.expect_closed()
+            else:
+                await raw.negotiate()
+        async with connect(path) as raw:
+            await raw.expect_alive()
+        process.terminate()
+        status, complaint = exit_of(process)
+    assert (status, complaint[len(TIME) :]) == (0, REFUSED[engine])
 
 
 async def test_a_stale_socket_is_replaced(tmp_path: Path, engine: str) -> None:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Finding libvfio-user and telling its revisions apart, before anything of it is called."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import needs
-from vfio_user.server.engines.libvfio_user_abi import FUNCTIONS, Abi
+from vfio_user.server.engines.libvfio_user_abi import FUNCTIONS, SONAME, Abi
 from vfio_user.server.engines.libvfio_user_library import (
     VARIABLE,
     LibraryError,
@@ -18,6 +21,14 @@ from vfio_user.server.engines.libvfio_user_library import (
 )
 
 Compile = Callable[..., Path]
+
+_FIND = f"""
+import sys
+from pathlib import Path
+from {find_library.__module__} import find_library
+library = find_library({{}}, Path(sys.argv[1]))
+print(library.abi.value, library.path)
+"""
 
 
 @pytest.fixture
@@ -80,6 +91,32 @@ def test_the_variable_counts_before_everything_else(compile_stub: Compile, tmp_p
     assert find_library({VARIABLE: str(stub)}, lab).path == stub
     with pytest.raises(LibraryError, match="cannot be loaded"):
         find_library({VARIABLE: str(tmp_path / "none.so")}, lab)
+
+
+def found_by_the_loader(folder: Path, lab: Path) -> "subprocess.CompletedProcess[str]":
+    """What is found where `folder` has a libvfio-user.so.0: in a process of its own, for the loader looks at
+    its path once, and keeps what it has loaded."""
+    words = [sys.executable, "-c", _FIND, str(lab)]
+    environment = os.environ | {"LD_LIBRARY_PATH": str(folder)}
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_loaders_comes_before_the_lab(compile_stub: Compile, tmp_path: Path) -> None:
+    (tmp_path / "loader").mkdir()
+    lab = compile_stub()
+    stub = compile_stub("-DNO_LIMIT").rename(tmp_path / "loader" / SONAME)
+    assert found_by_the_loader(stub.parent, lab).stdout == f"v2 {stub}\n"
+
+
+def test_one_of_the_loaders_that_is_not_known_is_not_passed_over(
+    compile_stub: Compile, tmp_path: Path
+) -> None:
+    (tmp_path / "loader").mkdir()
+    lab = compile_stub()
+    stub = compile_stub("-DNO_TEXT").rename(tmp_path / "loader" / SONAME)
+    found = found_by_the_loader(stub.parent, lab)
+    assert found.stdout == ""
+    assert f"LibraryError: {stub} has an ABI that is not known here" in found.stderr
 
 
 def test_the_lab_comes_last_and_without_it_the_advice(

@@ -6,10 +6,13 @@ v2 library is used by the conformance tests and by tests/migration when VFIO_USE
 """
 
 import errno
+import logging
+import os
 import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -20,10 +23,12 @@ from vfio_user.device_models.pci import Bar, Identity
 from vfio_user.device_models.pci_device import PciDevice
 from vfio_user.device_models.regions import Area, Doorbell, RamRegion
 from vfio_user.device_models.scratch import Scratch
+from vfio_user.server.engines import libvfio_user_context
 from vfio_user.server.engines.engine import Settings
 from vfio_user.server.engines.libvfio_user import LibvfioUserServer
 from vfio_user.server.engines.libvfio_user_abi import MigrationState, Reset
 from vfio_user.server.engines.libvfio_user_library import Library, load
+from vfio_user.transport.listener import ListenError
 
 PAGE = 4096
 ORDER, RESULT = struct.Struct("=IIQQII"), struct.Struct("=qiI")
@@ -42,7 +47,7 @@ ORDER, RESULT = struct.Struct("=IIQQII"), struct.Struct("=qiI")
     DIRTY,
     QUIESCE,
 ) = range(1, 14)
-FACT, EVENTFDS = 14, 15
+FACT, EVENTFDS, SGL_ERROR = 14, 15, 16
 LIMIT, IOEVENTFDS, SHADOW_OFFSETS, SGL_FLAGS, REALIZED, SIZE, FLAGS, AREAS, HAS_FD, IRQS = range(10)
 CONFIG, INTX, MSIX = 7, 0, 2
 SOURCE_AT, DOORBELL, STATUS = 0xFE0, 0xFF8, 0xFFC
@@ -110,12 +115,12 @@ class Bench:
     def fact(self, which: int, of: int = 0) -> int:
         return self.order(FACT, which, of)[0]
 
-    def copy(self, source: int, destination: int, count: int) -> int:
-        """By the scratch device; its status."""
+    def copy(self, source: int, destination: int, count: int, *, answered: bool = True) -> int:
+        """By the scratch device; its status (0 where nobody is there to ask for it)."""
         self.write(4, b"\6\0", CONFIG)
         self.write(SOURCE_AT, struct.pack("<QQI", source, destination, count))
         self.write(DOORBELL, bytes(4))
-        return self.read(STATUS, 4)[0]
+        return self.read(STATUS, 4)[0] if answered else 0
 
 
 @pytest.fixture
@@ -202,6 +207,52 @@ def test_memory_that_is_not_mapped_is_read_and_written_by_the_library(bench: Ben
     assert bench.fact(SGL_FLAGS) == 1 << 1, "by file, where the client allows it"
 
 
+@pytest.mark.parametrize("error", [errno.EPROTO, errno.EINTR], ids=errno.errorcode.get)
+@pytest.mark.parametrize("source", [0x10000, 0x20000], ids=["read", "write"])
+def test_a_client_whose_stream_is_lost_is_dropped_and_the_next_one_is_served(
+    bench: Bench, caplog: pytest.LogCaptureFixture, source: int, error: int
+) -> None:
+    """Another message was taken for the reply to a DMA, or a signal ended the wait for it."""
+    bench.map(0, 0x10000, PAGE, 3 | UNMAPPED)
+    bench.map(1, 0x20000, PAGE)
+    bench.order(SGL_ERROR, error)
+    assert bench.copy(source, source ^ 0x30000, 8, answered=False) == 0
+    assert bench.client.recv(1) == b""
+    assert f"client 1 dropped: {os.strerror(error)}" in caplog.text
+    assert (bench.server.attached, len(bench.server.host.table)) == (False, 0)
+    bench.client.close()
+    bench.connect()
+    bench.write(STATUS, struct.pack("<I", FAILED | DONE))
+    bench.map(0, 0x10000, PAGE, 3 | UNMAPPED)
+    assert bench.copy(0x10000, 0x10000 + 64, 8) == DONE
+    assert caplog.text.count("dropped") == 1
+
+
+def test_a_dma_by_message_that_fails_costs_nobody_the_connection(bench: Bench) -> None:
+    bench.map(0, 0x10000, PAGE, 3 | UNMAPPED)
+    bench.order(SGL_ERROR, errno.EFAULT)
+    assert bench.copy(0x10000, 0x10000 + 64, 8) & FAILED
+    bench.write(STATUS, struct.pack("<I", FAILED | DONE))
+    assert bench.copy(0x10000, 0x10000 + 64, 8) == DONE
+
+
+@pytest.mark.parametrize(
+    ("address", "size", "access"),
+    [(0x10001, PAGE, 3), ((1 << 64) - PAGE, 2 * PAGE, 3), (0x10000, PAGE, 0)],
+    ids=["not aligned", "wraps", "no access"],
+)
+def test_a_range_that_the_device_cannot_use_is_said_to_be_none(
+    bench: Bench, caplog: pytest.LogCaptureFixture, address: int, size: int, access: int
+) -> None:
+    """The library has told the client already that it is mapped."""
+    bench.map(0, address, size, access)
+    assert "the device cannot use guest memory that has been mapped" in caplog.text
+    assert len(bench.server.host.table) == 0
+    bench.order(UNMAP, 0, address)
+    bench.map(1, 0x20000, PAGE)
+    assert bench.copy(0x20000, 0x20000 + 64, 8) == DONE
+
+
 @pytest.mark.parametrize("flags", [1, 1 | UNMAPPED])
 def test_read_only_memory_is_not_written(bench: Bench, flags: int) -> None:
     bench.map(0, 0x10000, PAGE, flags)
@@ -277,6 +328,111 @@ def test_the_device_keeps_its_state_when_a_client_leaves(bench: Bench) -> None:
 
 def test_quiesce_is_granted_at_once(bench: Bench) -> None:
     assert bench.order(QUIESCE) == (0, 0, b"")
+
+
+class Fails(Scratch):
+    """Raises wherever the library calls it, once `after` has counted down."""
+
+    after = 0
+
+    def fail(self) -> None:
+        self.after -= 1
+        if self.after == 0:
+            raise RuntimeError("on demand")
+
+    def reset_state(self) -> None:
+        self.fail()
+        super().reset_state()
+
+    @property
+    def precise_dirty(self) -> bool:  # type: ignore[override]  # what a model must not do
+        self.fail()
+        return True
+
+
+@pytest.mark.parametrize("what", [RESET, QUIESCE])
+@pytest.mark.parametrize("model", [Fails])
+def test_a_callback_that_raises_is_eio_and_a_traceback_and_works_the_next_time(
+    bench: Bench, what: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = bench.server.device
+    assert isinstance(device, Fails)
+    device.after = 1
+    assert bench.order(what) == (-1, errno.EIO, b"")
+    assert caplog.text.count("Traceback") == 1
+    assert "on demand" in caplog.text
+    assert bench.order(what) == (0, 0, b"")
+
+
+def test_a_stream_whose_reading_and_writing_raise(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise RuntimeError("on demand")
+
+    for state, method, what in (
+        (MigrationState.STOP_AND_COPY, "read", READ_DATA),
+        (MigrationState.RESUME, "write", WRITE_DATA),
+    ):
+        stream = save(bench, 1 << 20)
+        assert bench.order(TRANSITION, state)[0] == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(bench.server.host.migration, method, fail)
+            assert bench.order(what, 0, 0, 100, data=b"some") == (-1, errno.EIO, b"")
+        if method == "write":
+            assert bench.order(WRITE_DATA, data=stream)[0] == len(stream)
+        else:
+            assert bench.order(READ_DATA, 0, 0, 1 << 20)[2] == stream
+        assert bench.order(TRANSITION, MigrationState.STOP)[0] == 0
+        assert bench.order(TRANSITION, MigrationState.RUNNING)[0] == 0
+    assert caplog.text.count("Traceback") == 2
+
+
+def interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def test_what_interrupts_a_callback_of_a_request_ends_the_server(bench: Bench) -> None:
+    """Ctrl-C comes wherever Python runs."""
+    bench.server.client_left = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        bench.leave()
+
+
+def test_what_interrupts_a_callback_of_the_end_is_raised(bench: Bench) -> None:
+    bench.server.client_left = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        bench.server.close()
+
+
+def test_what_interrupts_a_callback_while_a_client_is_taken_ends_the_server(
+    library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.DEBUG)  # the library logs then
+    with LibvfioUserServer(library, Settings(spin_us=0)) as server, socket.socket(socket.AF_UNIX) as client:
+        server.install(Scratch)
+        server.listen_at(tmp_path / "s")
+        client.connect(str(tmp_path / "s"))
+        monkeypatch.setattr(libvfio_user_context.logger, "log", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            server.turn()
+        monkeypatch.undo()
+
+
+def test_a_context_that_cannot_be_completed_leaves_nothing_behind(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> NoReturn:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(libvfio_user_context.Context, "_let_clients_wait", fail)
+    with LibvfioUserServer(library, Settings(spin_us=0)) as server:
+        server.install(Scratch)
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(ListenError, match="Too many open files"):
+            server.listen_at(tmp_path / "s")
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert not os.listdir(tmp_path)
 
 
 class Blind(Scratch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vfio_user.transport.listener import Listener, ListenError
+from vfio_user.transport.listener import Listener, ListenError, listen_unseen
 
 
 def test_a_client_can_connect_and_the_file_goes_in_the_end(tmp_path: Path) -> None:
@@ -42,6 +42,16 @@ def test_a_stale_socket_is_replaced_and_a_served_one_is_not(tmp_path: Path) -> N
         with pytest.raises(ListenError, match="another process"):
             Listener.bind(path)
     Listener.bind(path).close()
+
+
+def test_a_socket_that_cannot_listen_leaves_no_file_behind(tmp_path: Path) -> None:
+    def fails(path: Path) -> None:
+        path.touch()
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with pytest.raises(OSError, match="Too many open files"):
+        listen_unseen(tmp_path / "s", fails, lambda _: None)
+    assert not os.listdir(tmp_path)
 
 
 def test_who_sees_the_file_can_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,8 @@ struct context {
     struct dma_info ranges[NUM_RANGES];
     uint8_t dirty[NUM_RANGES][PAGES];
     uint64_t limit, ioeventfds, shadow_sum, sgl_flags;
+    int sgl_error, log_level;
+    void (*log)(void *, int, const char *);
     bool has_eventfds, realized;
 };
 
@@ -83,7 +85,7 @@ struct result {
 
 enum what {
     ACCESS = 1, MAP, UNMAP, PEEK, POKE, RESET, TRANSITION, READ_DATA, WRITE_DATA, IRQ_STATE, FIRED, DIRTY,
-    QUIESCE, FACT, EVENTFDS,
+    QUIESCE, FACT, EVENTFDS, SGL_ERROR,
 };
 
 #ifdef NO_LIMIT
@@ -141,6 +143,8 @@ int vfu_realize_ctx(struct context *context)
 int vfu_attach_ctx(struct context *context)
 {
     context->client = accept4(context->listener, NULL, NULL, SOCK_CLOEXEC);
+    if (context->client >= 0 && context->log_level >= 6)
+        context->log(context, 6, "a client");
     return context->client < 0 ? -1 : 0;
 }
 
@@ -159,11 +163,13 @@ static void unmap(struct context *context, struct dma_info *range)
 
 static void lose_client(struct context *context)
 {
-    context->quiesce(context);
-    for (int i = 0; i < NUM_RANGES; i++)
-        if (context->ranges[i].iova.iov_len != 0)
-            unmap(context, &context->ranges[i]);
-    context->reset(context, 1);
+    if (context->realized) {
+        context->quiesce(context);
+        for (int i = 0; i < NUM_RANGES; i++)
+            if (context->ranges[i].iova.iov_len != 0)
+                unmap(context, &context->ranges[i]);
+        context->reset(context, 1);
+    }
     if (context->client >= 0)
         close(context->client);
     context->client = -1;
@@ -178,7 +184,8 @@ void vfu_destroy_ctx(struct context *context)
 
 int vfu_setup_log(struct context *context, void *log, int level)
 {
-    (void)context, (void)log;
+    context->log = log;
+    context->log_level = level;
     return level >= 0 && level <= 7 ? 0 : fail(EINVAL);
 }
 
@@ -286,10 +293,21 @@ void vfu_sgl_mark_dirty(struct context *context, struct sg *sg, size_t count)
         context->dirty[sg->range - context->ranges][page] = 1;
 }
 
+/* The next access by message fails so, if that was ordered. */
+static int sgl_error(struct context *context)
+{
+    int error = context->sgl_error;
+
+    context->sgl_error = 0;
+    return error == 0 ? 0 : fail(error);
+}
+
 /* "By message": the test's bytes are kept in the mapping all the same, where PEEK and POKE find them. */
 int vfu_sgl_read(struct context *context, struct sg *sg, size_t count, void *data, int flags)
 {
     context->sgl_flags |= 1u << flags;
+    if (sgl_error(context) < 0)
+        return -1;
     memcpy(data, (char *)sg->range->mapping.iov_base + sg->offset, sg->length);
     return count == 1 ? 0 : fail(ENOTSUP);
 }
@@ -297,6 +315,8 @@ int vfu_sgl_read(struct context *context, struct sg *sg, size_t count, void *dat
 int vfu_sgl_write(struct context *context, struct sg *sg, size_t count, void *data, int flags)
 {
     context->sgl_flags |= 1u << flags;
+    if (sgl_error(context) < 0)
+        return -1;
     memcpy((char *)sg->range->mapping.iov_base + sg->offset, data, sg->length);
     return count == 1 && sg->writeable ? 0 : fail(ENOTSUP);
 }
@@ -390,6 +410,9 @@ static int64_t obey(struct context *context, const struct order *order, char *da
         return fact(context, order);
     case EVENTFDS:
         context->has_eventfds = order->flags;
+        return 0;
+    case SGL_ERROR:
+        context->sgl_error = order->index;
         return 0;
     default:
         return fail(EINVAL);
