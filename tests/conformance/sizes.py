@@ -9,16 +9,25 @@ import trio
 from conformance import patience
 from conformance.holdings import expect_holdings, holdings
 
-NOISE = 384  # KiB: the allocator's, and log lines
+NOISE = 384
+"""KiB that a process may grow at first: the allocator's, and log lines."""
+STEADY = 192
+"""KiB by which the second half of a test may let it grow more than the first half did: what comes of itself
+ends, a leak goes on."""
 
 
 class Size:
-    """What a process holds, and how its memory has grown since."""
+    """What a process holds, and how its memory has grown since. Call `half` in the middle."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.held = holdings(pid)
         self.mappings, self.memory = self._now()
+        self.middle = 0
+
+    def half(self) -> None:
+        """As much is to come as there was."""
+        _, self.middle = self._now()
 
     @classmethod
     async def of_idle(cls, pid: int) -> "Size":
@@ -39,4 +48,8 @@ class Size:
         await expect_holdings(self.pid, self.held)
         mappings, memory = self._now()
         assert mappings <= self.mappings + 4
-        assert memory <= self.memory + NOISE, f"grown from {self.memory} to {memory} KiB"
+        grown = f"grown from {self.memory} over {self.middle} to {memory} KiB"
+        print(grown)
+        assert self.middle
+        assert memory <= self.memory + NOISE, grown
+        assert memory <= self.middle + STEADY, grown

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from conformance import wire
-from conformance.driving import read_word
+from conformance.dirtying import START, dirty_pages
+from conformance.driving import DONE, enable_bus_master, finished, read_word, start_copy
 from conformance.holdings import expect_holdings, holdings
 from conformance.limits import require_library
 from conformance.nursery import Child, Order, Zygote
@@ -22,6 +23,8 @@ from vfio_user.server.engines.engine import Settings
 
 PAGE = 4096
 CLIENTS, MAPS = 1000, 10_000
+USED = 8
+"""Of so many mappings one is also read and written, by the device."""
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -58,7 +61,9 @@ async def test_clients_that_come_and_go(server: tuple[Path, Child]) -> None:
                 await visit(path, fd, event)
             await expect_holdings(child.pid, alone)  # it has seen the last one leave
             before = Size(child.pid)
-            for _ in range(CLIENTS):
+            for number in range(CLIENTS):
+                if number == CLIENTS // 2:
+                    before.half()
                 await visit(path, fd, event)
             await before.expect_unchanged()
     finally:
@@ -66,16 +71,27 @@ async def test_clients_that_come_and_go(server: tuple[Path, Child]) -> None:
     assert child.counters()["clients_served"] == CLIENTS // 4 + CLIENTS
 
 
-async def test_memory_that_is_mapped_and_unmapped(server: tuple[Path, Child]) -> None:
+async def test_memory_that_is_mapped_used_and_unmapped(
+    server: tuple[Path, Child], request: pytest.FixtureRequest
+) -> None:
     path, child = server
+    apart = request.node.callspec.params["server"] == "libvfio-user"
     with GuestRam() as ram:
         fd = ram.add(0, 64 * PAGE).fd
         assert fd is not None
         async with connect(path) as raw:
+            await enable_bus_master(raw)
+            if not apart:  # the library loses a bitmap with each region that goes: libvfio-user.supp
+                assert (await dirty_pages(raw, START)).ok == b""
             for i in range(MAPS // 4 + MAPS):
                 if i == MAPS // 4:
                     before = Size(child.pid)
+                if i == MAPS // 4 + MAPS // 2:
+                    before.half()
                 address, pages = i % 50 * 64 * PAGE, i % 7 + 1  # sizes and places differ
                 assert (await raw.call(wire.DMA_MAP, wire.dma_map(address, pages * PAGE), fds=[fd])).ok == b""
+                if not i % USED:
+                    await start_copy(raw, address, address + (pages - 1) * PAGE + 8, 8)
+                    assert await finished(raw) == DONE
                 assert (await raw.call(wire.DMA_UNMAP, wire.dma_unmap(address, pages * PAGE))).ok
             await before.expect_unchanged()

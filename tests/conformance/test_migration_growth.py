@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A server does not grow with the moves of its device: good ones, refused ones, those that nobody ends."""
+"""A server does not grow with the moves of its device: good ones, refused ones, those that nobody ends.
+
+After the last of these the library gets a new context.
+"""
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from conformance import moving, wire
+from conformance.limits import edition_of_library, require_library
 from conformance.moving import PIECE, V1_PRE_COPY, V1_RESUMING, V1_RUNNING, V1_SAVING, S
 from conformance.nursery import Child, Order, Zygote
-from conformance.raw import RawClient, connect
+from conformance.raw import RawClient, connect, connect_next
 from conformance.sizes import Size
 from vfio_user.device_models.scratch import Scratch
 from vfio_user.server.engines.engine import Settings
@@ -21,13 +25,20 @@ MEMORY = 64 << 10
 pytestmark = pytest.mark.timeout(120)
 
 
+Server = tuple[Path, Child]
+
+
 @pytest.fixture
-def server(zygote: Zygote, tmp_path: Path) -> Iterator[tuple[Path, Child]]:
-    """A server in a process of its own, whose device has a large memory."""
-    path, options = tmp_path / "s", (f"memory={MEMORY}",)
-    order = Order("native", Scratch, path, tmp_path / "log", options, Settings(spin_us=0), life=110)
-    with closing(zygote.fork(order)) as child:
-        yield path, child
+def serve(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[[str], Server]]:
+    """Starts a server of an engine in a process of its own, whose device has a large memory."""
+    with ExitStack() as stack:
+
+        def start(engine: str) -> Server:
+            path, options = tmp_path / "s", (f"memory={MEMORY}",)
+            order = Order(engine, Scratch, path, tmp_path / "log", options, Settings(spin_us=0), life=110)
+            return path, stack.enter_context(closing(zygote.fork(order)))
+
+        yield start
 
 
 async def fill(raw: RawClient) -> None:
@@ -77,6 +88,13 @@ async def abandoned_save_v2(raw: RawClient) -> None:
 
 async def abandoned_save_v1(raw: RawClient) -> None:
     await moving.set_v1(raw, V1_PRE_COPY)
+    await first_part_v1(raw)
+    await moving.set_v1(raw, V1_SAVING)
+    assert await moving.read_field(raw, moving.PENDING)
+
+
+async def abandoned_save_mapped_v1(raw: RawClient) -> None:
+    await moving.set_v1(raw, V1_PRE_COPY)
     view = await moving.map_data(raw)
     await first_part_v1(raw)
     view.close()
@@ -125,6 +143,7 @@ VISITS: Mapping[str, Callable[[RawClient], Awaitable[None]]] = {
         good_v1,
         abandoned_save_v2,
         abandoned_save_v1,
+        abandoned_save_mapped_v1,
         abandoned_restore_v2,
         abandoned_restore_v1,
         refused_restore_v2,
@@ -133,18 +152,41 @@ VISITS: Mapping[str, Callable[[RawClient], Awaitable[None]]] = {
 }
 
 
-@pytest.mark.parametrize("name", VISITS)
-async def test_moves_that_come_and_go(server: tuple[Path, Child], name: str) -> None:
-    path, child = server
+OF_THE_LIBRARY = ("good", "abandoned_save", "abandoned_restore")
+"""It has no mapped data area, and does not say that a restore has failed."""
+CASES = [
+    *(("native", name) for name in VISITS),
+    *(("libvfio-user", f"{visit}_{edition_of_library()}") for visit in OF_THE_LIBRARY),
+]
+
+
+async def let_it_run(raw: RawClient, name: str) -> None:
+    """It may have been left in STOP."""
+    if name.endswith("v1"):
+        await moving.set_v1(raw, V1_RUNNING)
+    else:
+        assert (await moving.set_state(raw, S.RUNNING)).ok
+
+
+@pytest.mark.parametrize(("engine", "name"), CASES)
+async def test_moves_that_come_and_go(
+    serve: Callable[[str], Server], engine: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine == "libvfio-user":
+        require_library()
+        monkeypatch.setattr(moving, "exact_replies", False)
+    path, child = serve(engine)
     async with connect(path) as raw:
         await fill(raw)
     for number in range(MOVES // 3 + MOVES):
         if number == MOVES // 3:
             before = await Size.of_idle(child.pid)
-        async with connect(path) as raw:
-            await moving.set_v1(raw, V1_RUNNING)  # it may have been left in STOP
+        if number == MOVES // 3 + MOVES // 2:
+            before.half()
+        async with connect_next(path) as raw:
+            await let_it_run(raw, name)
             await VISITS[name](raw)
     await before.expect_unchanged()
-    async with connect(path) as raw:
-        await moving.set_v1(raw, V1_RUNNING)
+    async with connect_next(path) as raw:
+        await let_it_run(raw, name)
         assert await moving.read_words(raw, 4096, MEMORY - 4096, 2) == b"\xa5" * 4096
