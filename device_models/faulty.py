@@ -15,7 +15,7 @@ from vfio_user.device_models.state_memory import Ranges
 
 PLACES = (
     *("nowhere", "constructor", "reset", "region", "config", "unmask", "counters"),
-    *("save", "load", "apply", "restored", "log", "take", "adopt", "state"),
+    *("save", "load", "apply", "restored", "log", "take", "pending", "adopt", "state"),
 )
 """Where option `fail` makes the device raise `Fault`, each time that it gets there; with "-once" behind it
 only the first time. "state" raises nothing: what is saved is a state that every device refuses."""
@@ -79,6 +79,11 @@ class _Memory(StreamedMemory):
     def take(self, limit: int) -> tuple[int, int] | None:
         self._fail_at("take")
         return super().take(limit)
+
+    @property
+    def pending(self) -> int:
+        self._fail_at("pending")
+        return super().pending
 
     def adopt(self, memory: memoryview, used: Ranges | None = None) -> memoryview:
         self._fail_at("adopt")

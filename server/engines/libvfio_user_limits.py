@@ -25,9 +25,11 @@ class Limit:
 LIMITS: tuple[Limit, ...] = (
     Limit(
         "framing",
-        "a header, and a body, each have to arrive in one piece; a client that stops between them holds up "
-        "the server, one that stops within them gets EINVAL or is dropped",
-        "each is read with one receive call, the body's without a time limit; a shorter one is an error",
+        "a header, and a body, each have to arrive in one piece; a client that connects and says nothing, or "
+        "stops between header and body, holds up the server until a signal comes (SIGUSR1 of `--stats` too), "
+        "which costs it the connection; one that stops within them gets EINVAL or is dropped",
+        "each is read with one receive call, that of VERSION and every body without a time limit; a shorter "
+        "one is an error",
     ),
     Limit(
         "refused header",
@@ -96,9 +98,9 @@ LIMITS: tuple[Limit, ...] = (
     ),
     Limit(
         "DMA map checks",
-        "DMA_MAP takes ranges that are empty, not aligned, wrap around or allow no access, and files that "
-        "are too short; overlaps are EINVAL, not EEXIST",
-        "only overlap, size and flags are checked",
+        "DMA_MAP takes ranges that are empty, not aligned, wrap around or allow no access (that the device "
+        "cannot use them, only the log says), and files that are too short; overlaps are EINVAL, not EEXIST",
+        "only overlap, size and flags are checked; the callback for a region cannot refuse it",
     ),
     Limit(
         "number of DMA regions",
@@ -164,6 +166,13 @@ LIMITS: tuple[Limit, ...] = (
         V1_ONLY,
     ),
     Limit(
+        "reconnect with state",
+        "when a client leaves while the device is saving, resuming or stopped by it, those that wait are cut "
+        "off, and have to connect again",
+        "the library takes the state of a migration over to the next client, and has no function that ends "
+        "it; so the next client gets a new context, at the same path",
+    ),
+    Limit(
         "v1 states",
         "while the device is stopped, or in stop-and-copy, only the migration region and DIRTY_PAGES are "
         "served: no other region, no DMA_UNMAP, no RESET; pre-copy cannot be given up; a restore that failed "
@@ -175,9 +184,10 @@ LIMITS: tuple[Limit, ...] = (
     Limit(
         "v1 registers",
         "the data area has 64 KiB and cannot be mapped; a register is refused wherever it has no use, and "
-        "the reserved field always; after each change of state an iteration begins with pending_bytes",
+        "the reserved field always; after each change of state an iteration begins with pending_bytes, which "
+        "is 0 where the device fails to tell it",
         "the area is as large as a message that surely comes in one piece, and has no memory to be lent; "
-        "the library keeps a state of its own for the registers",
+        "the library keeps a state of its own for the registers; the callback for pending_bytes cannot fail",
         V1_ONLY,
     ),
     Limit(
@@ -206,10 +216,9 @@ LIMITS: tuple[Limit, ...] = (
         "v2 states",
         "there is no ERROR: where data is refused, or incomplete, the device goes on resuming; while it is "
         "stopped, or in stop-and-copy, only features, the stream and (stopped) its regions are served, no "
-        "RESET and no DMA_UNMAP; RESET does not end a migration (from May 2026 on); a client that leaves "
-        "in the middle of one takes along those that wait, and the next one is told that the device runs",
-        "commands and changes of state are looked up in tables of the library's own; its state outlives "
-        "the client unless its context goes too",
+        "RESET and no DMA_UNMAP; RESET does not end a migration (from May 2026 on); when a client has left "
+        "a device stopped, the next one is told that it runs",
+        "commands and changes of state are looked up in tables of the library's own",
         V2_ONLY,
     ),
     Limit(

@@ -38,6 +38,19 @@ def _mapped_files(pid: int) -> Counter[str]:
     return found
 
 
+class Spoiled(AssertionError):
+    """A server that does not start, that has ended, or that keeps what its clients should have taken along:
+    whatever a test expects, this is something else."""
+
+
+async def expect_unspoiled(pid: int, before: Counter[str]) -> None:
+    """When a test's clients have gone, the process is there and holds what it held."""
+    try:
+        await expect_holdings(pid, before)
+    except (AssertionError, OSError) as error:
+        raise Spoiled(f"server {pid}: {error}") from error
+
+
 async def expect_holdings(pid: int, before: Counter[str]) -> None:
     """The process lets go of everything but `before`, soon."""
     with trio.move_on_after(patience.seconds):

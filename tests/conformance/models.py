@@ -6,6 +6,7 @@ import os
 import signal
 
 from vfio_user.device_models.device import Host, pause
+from vfio_user.device_models.faulty import Faulty
 from vfio_user.device_models.interrupts import Interrupts
 from vfio_user.device_models.pci import Bar, Identity
 from vfio_user.device_models.pci_device import PciDevice
@@ -194,6 +195,17 @@ class _Starter(Region):
 
     def write(self, offset: int, data: Buffer) -> None:
         self._device.start(data[0])
+
+
+class Armed(Faulty):
+    """Fails where `fail` says only while WORD is not 0: not while it is made."""
+
+    model = "armed"
+
+    def _fail_at(self, place: str) -> None:
+        registers = getattr(self, "registers", None)
+        if registers is not None and registers.cell("WORD").value:
+            super()._fail_at(place)
 
 
 class EndsSIGTERM(OneWay):

@@ -22,6 +22,8 @@ from typing import Any
 
 import trio
 
+from conformance import patience
+from conformance.holdings import Spoiled
 from vfio_user.cli.engines import ENGINES
 from vfio_user.device_models.backends import NoneBackend
 from vfio_user.device_models.catalog import make_device, parse_options
@@ -53,23 +55,27 @@ class Child:
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
-        control.settimeout(PATIENCE)
         self._lines = control.makefile("r")
-        self.pid: int = self._ask("pid")
+        try:
+            self.pid: int = self._ask("pid", PATIENCE)
+        except BaseException:
+            self.close()
+            raise
 
     def counters(self) -> dict[str, int]:
-        found: dict[str, int] = self._ask("counters")
+        found: dict[str, int] = self._ask("counters", patience.seconds)
         return found
 
-    def _ask(self, what: str) -> Any:
+    def _ask(self, what: str, seconds: float) -> Any:
+        self._control.settimeout(seconds)
         with contextlib.suppress(BrokenPipeError):
             self._control.sendall(what.encode() + b"\n")
         line = self._lines.readline()
         if not line:
-            raise AssertionError("the server's process has ended")
+            raise Spoiled("the server's process has ended")
         answer = json.loads(line)
         if "error" in answer:
-            raise AssertionError(f"the server cannot start: {answer['error']}")
+            raise Spoiled(f"the server cannot start: {answer['error']}")
         return answer["answer"]
 
     def close(self) -> None:
@@ -87,6 +93,7 @@ class Zygote:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with theirs:
             self._process = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=environment)
+        ours.recv(1)  # it has imported everything: from now on a start takes what a start takes
         self._socket = ours
 
     def fork(self, order: Order) -> Child:
@@ -109,6 +116,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     orders = socket.socket(fileno=int(sys.argv[1]))
+    orders.send(b"\n")
     while True:
         data, fds, _, _ = socket.recv_fds(orders, 65536, 1)
         if not data:

@@ -17,6 +17,7 @@ from conformance.driving import PAGE, enable_bus_master, read_word, write_word
 from conformance.engines import Serve, Served
 from conformance.holdings import expect_holdings, holdings
 from conformance.models import Mappable, OneWay
+from conformance.patience import in_time
 from conformance.raw import Answer, RawClient, connect
 from vfio_user.client.memory import GuestRam
 
@@ -227,6 +228,14 @@ async def stuffed(served: Served) -> AsyncIterator[RawClient]:
         batch = wire.message(wire.REGION_READ, wire.region_read(2, 0, MEGABYTE)) * 64
         await send_all_it_takes(raw, batch, 2)
         yield raw
+
+
+async def test_who_does_not_read_does_not_hold_the_server_up(serve: Serve) -> None:
+    served = serve(OneWay)
+    async with stuffed(served) as raw:
+        with in_time():
+            assert await raw.socket.recv(1)  # it is in the middle of a reply
+        assert served.counted("clients_served") == 1
 
 
 async def test_who_does_not_read_may_leave_and_the_next_one_is_served(serve: Serve) -> None:

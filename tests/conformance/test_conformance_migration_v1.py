@@ -687,6 +687,16 @@ async def test_a_client_that_vanishes_leaves_the_device_to_the_next(scratch: Ser
         await set_v1(raw, V1_RUNNING)
 
 
+@pytest.mark.parametrize("state", [V1_PRE_COPY, V1_RESUMING])
+async def test_who_waits_while_a_client_vanishes_is_served(scratch: Served, state: int) -> None:
+    async with connect(scratch.path) as raw:
+        await set_v1(raw, state)
+        async with connect(scratch.path, negotiated=False) as waiting:
+            raw.shut()
+            await waiting.negotiate()
+            assert await read_field(waiting, DEVICE_STATE) == V1_RUNNING
+
+
 async def test_a_mapping_that_was_kept_shows_nothing_of_the_next_client(scratch: Served) -> None:
     async with connect(scratch.path) as raw:
         mapped = await map_data(raw)
