@@ -35,4 +35,4 @@ def test_they_pass(libvfio_lab: Lab, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"^(\d+) passed", done.stdout, re.MULTILINE)
     assert passed is not None, done.stdout
-    assert int(passed[1]) > 150
+    assert int(passed[1]) >= 196, "as many as the revision of 2022 has that Debian builds QEMU with"

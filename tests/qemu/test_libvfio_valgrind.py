@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from conformance.moving import (
     set_v1,
     write_stream,
 )
-from conformance.raw import RawClient, connect
+from conformance.raw import RawClient, connect, connect_next
 from guest_moves.counts import SOAK
 from needs import missing
 from vfio_user.client.drivers.e1000 import open_e1000
@@ -146,6 +146,11 @@ async def test_nothing_is_found(
             for _ in range(3):
                 async with connect(path) as raw:
                     await use(raw, ram, memory, eventfd)
+        for leave in LEAVE[edition_of_library()]:  # the next client gets a new context
+            async with connect_next(path) as raw:
+                await leave(raw)
+        async with connect_next(path) as raw:
+            await raw.expect_alive()
 
 
 @pytest.mark.parametrize("checks", CHECKS if SOAK else ["bounds"], indirect=True)
@@ -238,3 +243,35 @@ async def migrate_v2(raw: RawClient) -> None:
     assert (await set_state(raw, S.RUNNING, S.RESUMING)).ok
     await write_stream(raw, data)
     assert (await set_state(raw, S.RUNNING)).ok
+
+
+async def leave_saving_v1(raw: RawClient) -> None:
+    await set_v1(raw, V1_SAVING)
+    assert await moving.read_field(raw, moving.PENDING)
+    assert await moving.read_field(raw, moving.SIZE)
+
+
+async def leave_resuming_v1(raw: RawClient) -> None:
+    await set_v1(raw, V1_SAVING)
+    parts = await iterate(raw)
+    await set_v1(raw, V1_RUNNING, V1_RESUMING)
+    await resume_v1(raw, [parts[0][:-1]])
+
+
+async def leave_saving_v2(raw: RawClient) -> None:
+    assert (await set_state(raw, S.STOP_COPY)).ok
+    assert (await moving.data_read(raw, 100)).ok
+
+
+async def leave_resuming_v2(raw: RawClient) -> None:
+    assert (await set_state(raw, S.STOP_COPY)).ok
+    data = await read_stream(raw)
+    assert (await set_state(raw, S.RUNNING, S.RESUMING)).ok
+    await write_stream(raw, data[:-1])
+
+
+LEAVE: Mapping[str, Sequence[Callable[[RawClient], Awaitable[None]]]] = {
+    "v1": (leave_saving_v1, leave_resuming_v1),
+    "v2": (leave_saving_v2, leave_resuming_v2),
+}
+"""Clients that leave in the middle of a migration."""
