@@ -194,6 +194,9 @@ class Connection(ReceiveBuffer):
         row = BY_NUMBER.get(number)
         if row is None:
             raise RemoteProtocolError(f"unknown command {number}", errno.ENOSYS)
+        usual = not flags & c.TYPE_MASK and not refused and self._exchange.usual(row.command)
+        if usual and row.sender is not self.role:
+            return row  # nearly every message: no reasons are put into words
         name = row.command.name
         version = row.command is Command.VERSION
         for wrong, reason in (

@@ -60,6 +60,10 @@ class Exchange:
         least = _Version.ASKED if self._role is Role.SERVER else _Version.AGREED
         return self._version.value < least.value, "no version has been negotiated yet"
 
+    def usual(self, command: Command) -> bool:
+        """Whether all is agreed, and the command is another than VERSION: it is in order."""
+        return self._version is _Version.AGREED and command is not Command.VERSION
+
     def owe(self, message_id: int, number: int) -> None:
         """A command has come that wants a reply. Ids may repeat: they are the peer's affair."""
         self._owed[message_id, number] = self._owed.get((message_id, number), 0) + 1
