@@ -7,7 +7,6 @@ The bitmap is packed little-endian: page n of the region is bit `n % 8` of byte 
 
 import contextlib
 import mmap
-from collections.abc import Sequence, Sized
 from typing import Final, TypeAlias
 
 from vfio_user.protocol.bitmaps import MIN_PAGE_SIZE, bitmap_bytes, is_page_size, pages_of
@@ -156,17 +155,6 @@ class DirtyLog:
                 self.bits[first >> 3] |= 1 << (first & 7)
         elif length:
             fill(self.bits, first, last, True)
-
-    def mark_many(self, start: int, segments: Sequence[tuple[int, Sized]]) -> None:
-        """`mark` every (address, data) for a region at `start`; none is empty."""
-        bits, shift = self.bits, self.shift
-        for address, data in segments:
-            offset, length = address - start, len(data)
-            first = offset >> shift
-            if (offset + length - 1) >> shift == first:
-                bits[first >> 3] |= 1 << (first & 7)
-            else:
-                self.mark(offset, length)
 
     def mark_all(self) -> None:
         """Note that every page may have been written."""

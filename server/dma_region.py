@@ -119,15 +119,25 @@ class MappedRegion(DmaRegion):
             self.dirty.mark(offset, length)
 
     def store_many(self, segments: Sequence[tuple[int, Buffer]]) -> None:
-        # Without a call for each segment: half of what a small write costs. Marks first, so that none is
-        # missing should a model's data be of the wrong kind; no report can come between.
-        view, start = self.write_view, self.address
+        # Without a call for each segment: half of what a small write costs. Each mark comes before its write,
+        # so that none is missing should a model's data be of the wrong kind; no report can come between.
+        view, start, log = self.write_view, self.address, self.dirty
         assert view is not None
-        if self.dirty is not None:
-            self.dirty.mark_many(start, segments)
+        if log is None:
+            for address, data in segments:
+                offset = address - start
+                view[offset : offset + len(data)] = data
+            return
+        bits, shift = log.bits, log.shift
         for address, data in segments:
             offset = address - start
-            view[offset : offset + len(data)] = data
+            end = offset + len(data)
+            page = offset >> shift
+            if (end - 1) >> shift == page:
+                bits[page >> 3] |= 1 << (page & 7)
+            else:
+                log.mark(offset, end - offset)
+            view[offset:end] = data
 
     def close(self) -> None:
         """Unmap. While a device keeps a view against its contract, the mapping stays until that is gone."""

@@ -176,22 +176,6 @@ def test_mark(case: tuple[DirtyLog, set[int]]) -> None:
 
 
 @given(st.data())
-def test_many_marks_at_once(data: st.DataObject) -> None:
-    """As so many by themselves, for a region at any address."""
-    size, page_size = data.draw(SIZES), data.draw(PAGE_SIZES)
-    start = PAGE * data.draw(st.integers(0, 9))
-    one_by_one, at_once = DirtyLog(size, page_size), DirtyLog(size, page_size)
-    segments = []
-    for _ in range(data.draw(st.integers(0, 6))):
-        offset = data.draw(st.integers(0, size - 1))
-        length = data.draw(st.integers(1, min(3 * PAGE, size - offset)))
-        one_by_one.mark(offset, length)
-        segments.append((start + offset, bytes(length)))
-    at_once.mark_many(start, segments)
-    assert at_once.bits == one_by_one.bits
-
-
-@given(st.data())
 def test_report_of_any_range_in_any_page_size(data: st.DataObject) -> None:
     log, dirty = data.draw(logs())
     offset, length = data.draw(ranges(log.size))

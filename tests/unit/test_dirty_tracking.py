@@ -186,6 +186,27 @@ def test_no_step_ends_within_a_tracked_page(
     assert bits_of(tracking.report(PAGE, 15 * PAGE, PAGE)) == set()
 
 
+@given(st.data())
+def test_many_stores_at_once_are_marked_as_so_many_by_themselves(data: st.DataObject) -> None:
+    table, page_size = DmaTable(), PAGE * data.draw(st.sampled_from((1, 2, 8)))
+    try:
+        one_by_one, at_once = (map_region(table, address, PAGES * PAGE) for address in (0, 1 << 32))
+        DirtyTracking(table).start(page_size, keep_unmapped=False)
+        segments = []
+        for _ in range(data.draw(st.integers(0, 6))):
+            offset = data.draw(st.integers(0, PAGES * PAGE - 1))
+            written = b"x" * data.draw(st.integers(1, min(3 * PAGE, PAGES * PAGE - offset)))
+            one_by_one.store(offset, written)
+            segments.append(((1 << 32) + offset, written))
+        at_once.store_many(segments)
+        assert at_once.dirty is not None
+        assert one_by_one.dirty is not None
+        assert at_once.dirty.bits == one_by_one.dirty.bits
+        assert at_once.load(0, PAGES * PAGE) == one_by_one.load(0, PAGES * PAGE)
+    finally:
+        table.unmap_all()
+
+
 def drive(table: DmaTable, data: st.DataObject, tracked: st.SearchStrategy[int] = UNITS) -> None:
     tracking = DirtyTracking(table)
     tracking.precise = data.draw(st.integers(0, 3), "precise") > 0
