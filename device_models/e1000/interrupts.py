@@ -4,7 +4,8 @@
 Two mechanisms delay an interrupt. The delay timers (RDTR and RADV, TIDV and TADV) hold a cause back, the
 throttle (ITR) holds the pin back: it rises at most once in the interval. Under INTx every interrupt costs
 a VMM several synchronous register reads, so the throttle decides the throughput. A floor of the server's
-own may make the interval longer than the guest asked for, unless the receive ring runs out of descriptors.
+own may make the interval longer than the guest asked for, after much was moved, and unless the receive ring
+runs out of descriptors.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from vfio_user.device_models.timers import Timer
 
 ITR_UNIT = 256  # ns (13.4.18)
 DELAY_UNIT = 1024  # ns (13.4.30, 13.4.44)
+BULK = 10_000
+"""Bytes of frames between two interrupts from which on the floor counts: it holds no round trips up."""
 LONGEST_WAIT = max(U16 * ITR_UNIT, LONGEST_INTERVAL * 1000)
 
 
@@ -37,6 +40,10 @@ class Causes:
         which gives them back when it is interrupted: frames would have to wait."""
         self.not_before = 0
         """Device time at which the pin may rise next."""
+        self._guests_not_before = 0
+        """The same without the floor."""
+        self.moved = 0
+        """Bytes of frames received and sent since the pin has risen."""
         self.fired = 0
         """How often the pin has risen."""
 
@@ -74,13 +81,11 @@ class Causes:
     def write_itr(self, _index: int, value: int) -> None:
         """A shorter interval holds at once, for the guest must not wait for the end of a long one."""
         self._itr.store(value)
-        self.not_before = min(self.not_before, self._host.clock() + self.interval())
+        now, guests = self._host.clock(), self._itr.value * ITR_UNIT
+        self._guests_not_before = min(self._guests_not_before, now + guests)
+        self.not_before = min(self.not_before, now + max(guests, self.floor))
         self._stop_timer()
         self.update()
-
-    def interval(self) -> int:
-        """Least time between two interrupts, in nanoseconds."""
-        return max(self._itr.value * ITR_UNIT, self.floor)
 
     def update(self) -> None:
         """Bring the pin to what ICR and IMS say: down at once, up when the throttle allows."""
@@ -95,15 +100,17 @@ class Causes:
 
     def _raise_when_due(self, hurries: bool) -> None:
         self._stop_timer()
-        waived = max(0, self.floor - self._itr.value * ITR_UNIT) if hurries else 0
-        now, due = self._host.clock(), self.not_before - waived
+        now, due = self._host.clock(), self._guests_not_before if hurries else self.not_before
         if now >= due:
             self._raise(now)
         else:
             self._timer = self._host.call_at(due, self._throttle_over)
 
     def _raise(self, now: int) -> None:
-        self.not_before = now + self.interval()
+        guests = self._itr.value * ITR_UNIT
+        self._guests_not_before = now + guests
+        self.not_before = now + (max(guests, self.floor) if self.moved >= BULK else guests)
+        self.moved = 0
         self.fired += 1
         self._pin.set_level(True)
 
@@ -119,7 +126,7 @@ class Causes:
     def reset(self) -> None:
         """After the registers have been reset."""
         self._stop_timer()
-        self.not_before = 0
+        self.not_before = self._guests_not_before = self.moved = 0
         self.update()
 
     def section(self) -> Section:
@@ -134,7 +141,8 @@ class Causes:
 
         def apply() -> None:
             self._stop_timer()
-            self.not_before, self.fired = self._host.clock() + wait, fired
+            self.not_before = self._guests_not_before = self._host.clock() + wait
+            self.fired, self.moved = fired, 0
 
         return apply
 

@@ -176,15 +176,18 @@ class PacketBuffer:
         if self.frames:
             self._host.start("receive", self._work)
 
-    def remove(self, frames: int) -> None:
-        """The first frames are in guest memory, or lost."""
+    def remove(self, frames: int) -> int:
+        """The first frames are in guest memory, or lost; their bytes."""
+        before = self.bytes
         if frames == len(self.frames):
             self.frames.clear()
             self.bytes = 0
         else:
             for _ in range(frames):
                 self.bytes -= len(self.frames.popleft()[0]) + FCS
-        self._tell_room()
+        removed = before - self.bytes
+        self._tell_room()  # more may come at once
+        return removed
 
     def discard(self) -> None:
         """Forget all frames, but those that are on their way into guest memory."""

@@ -11,7 +11,7 @@ from vfio_user.device_models.e1000.bits import Cause, Ctrl, Rctl, Rxcsum
 from vfio_user.device_models.e1000.descriptors import ADDRESS, DD, EOP, IXSM, PIF, RECEIVE, SIZE, VP
 from vfio_user.device_models.e1000.filters import INEXACT
 from vfio_user.device_models.e1000.interrupts import Causes, DelayedCause
-from vfio_user.device_models.e1000.options import Settings
+from vfio_user.device_models.e1000.options import Settings, Verify
 from vfio_user.device_models.e1000.packet_buffer import PacketBuffer
 from vfio_user.device_models.e1000.ring import Ring
 from vfio_user.device_models.e1000.statistics import FCS, Statistics
@@ -55,6 +55,7 @@ class Receiver:
         self._host = host
         self._causes = causes
         self._settings = settings
+        self._trusts = settings.verify is Verify.TRUST
         self._rctl, self._ctrl, self._vet = file.cell("RCTL"), file.cell("CTRL"), file.cell("VET")
         self._rxcsum, self._small = file.cell("RXCSUM"), file.cell("RSRPD")
         self.ring = Ring(file, "RD")
@@ -161,16 +162,20 @@ class Receiver:
         control, offload = self._rctl.value, self._rxcsum.value
         size, crc = self.buffer_size(), b"" if control & Rctl.SECRC else _NO_FCS
         waiting, vlans = self.buffer.frames, self._ctrl.value & Ctrl.VME
-        verify = offload & (Rxcsum.IPOFL | Rxcsum.TUOFL) and (
-            self._settings.verify or len(waiting) <= VERIFIED
-        )
-        special_case = vlans or verify or offload & Rxcsum.PCSS or self._settings.fcs
+        vet = self._vet.value.to_bytes(2, "big")
+        wanted = offload & (Rxcsum.IPOFL | Rxcsum.TUOFL)
+        trusts = wanted and self._trusts
+        verify = wanted and (self._settings.verify is Verify.ALWAYS or len(waiting) <= VERIFIED)
+        special_cases = verify or offload & Rxcsum.PCSS or self._settings.fcs
         room = len(descriptors) // SIZE
         done, used, frames = bytearray(descriptors), 0, 0
         data: list[tuple[int, Buffer]] = []
         for frame, verdict in islice(waiting, min(room, self._limit)):
             status = DD | EOP | IXSM | PIF if verdict & INEXACT else DD | EOP | IXSM
+            if trusts and (sums := checksum.vouched(frame, offload)):
+                status = status & ~IXSM | sums
             last = (0, status, 0, 0)  # packet checksum, status, errors, special
+            special_case = special_cases or (vlans and frame[12:14] == vet)
             if special_case:
                 frame, last = self._special_case(frame, status, bool(verify))
             length = len(frame)
@@ -203,7 +208,7 @@ class Receiver:
         if tagged and self._ctrl.value & Ctrl.VME:
             special, status, tagged = int.from_bytes(frame[14:16], "big"), status | VP, False
             frame = frame[:12] + frame[16:]
-        if verify:
+        if verify and status & IXSM:
             more, errors = checksum.examine(frame, offload, 18 if tagged else 14)
             status = status & ~IXSM | more
         if offload & Rxcsum.PCSS:
@@ -273,4 +278,4 @@ class Receiver:
         if causes:
             self._causes.set(causes)
         self.delay.event()
-        self.buffer.remove(batch.frames)
+        self._causes.moved += self.buffer.remove(batch.frames)

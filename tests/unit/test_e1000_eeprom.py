@@ -7,6 +7,7 @@ from vfio_user.device_models.catalog import parse_options
 from vfio_user.device_models.device import OptionError
 from vfio_user.device_models.e1000.bench import Bench
 from vfio_user.device_models.e1000.device import E1000
+from vfio_user.device_models.e1000.options import Verify
 
 MAC = bytes.fromhex("02aabbccddee")
 
@@ -114,6 +115,7 @@ def test_options() -> None:
     assert parse_options(E1000, ["mac=02-aa-BB-cc-dd-ee"])["mac"] == MAC
     assert parse_options(E1000, ["itr=1000"])["itr"] == 1_000_000
     assert parse_options(E1000, [])["itr"] == 0
+    assert parse_options(E1000, ["verify=trust"])["verify"] is Verify.TRUST
     for bad in ("itr=-1", "itr=5001", "itr=fast", "verify=never", "fcs=1", "mac="):
         with pytest.raises(OptionError, match="option"):
             parse_options(E1000, [bad])

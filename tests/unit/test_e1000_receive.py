@@ -10,6 +10,7 @@ import pytest
 from vfio_user.device_models.e1000.bench import BUFFER, RX_DATA, RX_RING, Bench
 from vfio_user.device_models.e1000.bits import Cause, Ctrl, Rctl
 from vfio_user.device_models.e1000.descriptors import DD, EOP, IPCS, IPE, IXSM, PIF, TCPCS, TCPE, VP
+from vfio_user.device_models.e1000.options import Verify
 from vfio_user.device_models.e1000.packet_buffer import CAPACITY
 
 OURS = bytes.fromhex("525400123456")
@@ -378,12 +379,46 @@ def test_checksums_that_cannot_be_looked_at() -> None:
 
 
 def test_checksums_of_a_burst_are_left_to_the_guest_unless_always_wanted() -> None:
-    for options, expected in (({}, {IXSM}), ({"verify": True}, {TCPCS})):
-        bench = Bench(**options)
+    for verify, expected in ((Verify.AUTO, {IXSM}), (Verify.ALWAYS, {TCPCS})):
+        bench = Bench(verify=verify)
         bench.start()
         bench.write("RXCSUM", TUOFL)
         bench.deliver(*[ip_frame()] * 20)
         assert {entry.status & ~(DD | EOP) for entry in bench.take_received()} == expected
+
+
+def trusted(control: int, *frames: bytes, burst: bool = True) -> list[tuple[int, int]]:
+    """Status and errors of frames whose network is trusted, in a burst or alone."""
+    bench = Bench(verify=Verify.TRUST)
+    bench.start()
+    bench.write("RXCSUM", control)
+    bench.deliver(*frames, *[padded(frame_to())] * (20 if burst else 0))
+    taken = bench.take_received()[: len(frames)]
+    return [(entry.status & ~(DD | EOP), entry.errors) for entry in taken]
+
+
+def test_a_trusted_network_vouches_for_tcp() -> None:
+    """Its sums are not looked at: a broken one counts as right."""
+    tcp, six = ip_frame(), ip_frame(v6=True)
+    both, all_of_it = TUOFL | IPOFL, TUOFL | IPOFL | IPV6OFL
+    for burst in (False, True):
+        assert trusted(both, tcp, broken(tcp, 55), burst=burst) == [(IPCS | TCPCS, 0)] * 2
+        assert trusted(all_of_it, six, broken(six, 75), burst=burst) == [(TCPCS, 0)] * 2
+    assert trusted(TUOFL, tcp) == [(TCPCS, 0)]
+    assert trusted(IPOFL, tcp) == [(IPCS, 0)]
+    assert trusted(0, tcp) == [(IXSM, 0)]
+    assert trusted(both, six) == [(IXSM, 0)]
+
+
+def test_what_nobody_vouches_for_is_as_with_auto() -> None:
+    tcp, udp = ip_frame(), ip_frame(udp=True)
+    options, fragment = ip_frame(options=bytes(4)), tcp[:20] + b"\x20" + tcp[21:]
+    tagged = tcp[:12] + b"\x81\x00\x00\x07" + tcp[12:]
+    others = (udp, options, fragment, tagged, frame_to(), tcp[:40])
+    assert trusted(TUOFL, *others) == [(IXSM, 0)] * len(others)
+    assert trusted(TUOFL, broken(udp, 43), broken(options, 60), burst=False) == examined(
+        TUOFL, broken(udp, 43), broken(options, 60)
+    )
 
 
 def test_the_packet_checksum_from_a_given_byte_on() -> None:
