@@ -14,7 +14,7 @@ class Nic:
     """One NIC of the guest on a network of its own. `options` go to our e1000; None: QEMU's built-in one.
 
     `tuned`: as one would run it for speed: QEMU on one CPU, the server on another, and idle CPUs that wake
-    at once (`serve --cpu-latency 0`). Its frames come from this host: it trusts their checksums. Else the scheduler places both, and all is as it comes.
+    at once (`serve --cpu-latency 0`). Else the scheduler places both, and all is as it comes.
     """
 
     key: str
