@@ -10,14 +10,21 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
+from conformance import wire
+from conformance.moving import MIG_STATE, SET, S
+from golden import streams
 from needs import compile_stub
+from vfio_user.device_models.backends import NoneBackend
+from vfio_user.device_models.catalog import make_device
 from vfio_user.device_models.device import Device, Host
+from vfio_user.device_models.e1000.device import E1000
 from vfio_user.device_models.faulty import Faulty
 from vfio_user.device_models.pci import Bar, Identity
 from vfio_user.device_models.pci_device import PciDevice
@@ -28,7 +35,8 @@ from vfio_user.server.engines.engine import Settings
 from vfio_user.server.engines.libvfio_user import LibvfioUserServer
 from vfio_user.server.engines.libvfio_user_abi import MigrationState, Reset
 from vfio_user.server.engines.libvfio_user_library import Library, load
-from vfio_user.transport.listener import ListenError
+from vfio_user.server.engines.native import NativeServer
+from vfio_user.transport.listener import Listener, ListenError
 
 PAGE = 4096
 ORDER, RESULT = struct.Struct("=IIQQII"), struct.Struct("=qiI")
@@ -124,12 +132,12 @@ class Bench:
 
 
 @pytest.fixture
-def model() -> type[Device]:
+def model() -> Callable[[Host], Device]:
     return Scratch
 
 
 @pytest.fixture
-def bench(library: Library, model: type[Device], tmp_path: Path) -> Iterator[Bench]:
+def bench(library: Library, model: Callable[[Host], Device], tmp_path: Path) -> Iterator[Bench]:
     with LibvfioUserServer(library, Settings(spin_us=0, max_dma_maps=1234)) as server:
         server.install(model)
         server.listen_at(tmp_path / "s")
@@ -506,3 +514,91 @@ def test_a_client_that_leaves_while_it_saves(bench: Bench) -> None:
     bench.connect()
     assert bench.order(READ_DATA, 0, 0, 100)[:2] == (-1, errno.EINVAL)
     assert bench.read(0, 4) == bytes(4)
+
+
+# To and from the native engine
+
+
+def card(host: Host) -> Device:
+    return make_device(E1000, host, NoneBackend(), {})
+
+
+class Native:
+    """The native engine with a card, turned by hand, and a client of v2."""
+
+    def __init__(self, server: NativeServer, client: socket.socket) -> None:
+        self.server = server
+        self.client = client
+        assert self.call(wire.VERSION, wire.version({}))
+
+    def call(self, command: int, body: bytes) -> bytes:
+        self.client.sendall(wire.message(command, body))
+        for _ in range(10):
+            self.server.turn()
+        header = self.client.recv(wire.HEADER.size, socket.MSG_WAITALL)
+        _, _, size, flags, error = wire.HEADER.unpack(header)
+        assert (flags, error) == (wire.REPLY, 0)
+        return self.client.recv(size - wire.HEADER.size, socket.MSG_WAITALL)
+
+    def enter(self, state: S) -> None:
+        body = struct.pack("=IIII", 16, SET | MIG_STATE, state, 0)
+        assert self.call(wire.DEVICE_FEATURE, body) == body
+
+    def restore(self, stream: bytes) -> None:
+        self.enter(S.RESUMING)
+        self.call(wire.MIG_DATA_WRITE, struct.pack("=II", 8 + len(stream), len(stream)) + stream)
+        self.enter(S.STOP)
+
+    def save(self) -> bytes:
+        self.enter(S.STOP_COPY)
+        stream = self.call(wire.MIG_DATA_READ, struct.pack("=II", 1 << 20, 1 << 19))[8:]
+        self.enter(S.STOP)
+        return stream
+
+
+@pytest.fixture
+def native(tmp_path: Path) -> Iterator[Native]:
+    path = tmp_path / "native"
+    with NativeServer(Settings(spin_us=0)) as server, socket.socket(socket.AF_UNIX) as client:
+        server.install(card)
+        with closing(Listener.bind(path)) as listener:
+            server.listen(listener)
+            client.connect(str(path))
+            client.settimeout(5)
+            yield Native(server, client)
+
+
+def restore(bench: Bench, stream: bytes) -> None:
+    """The card stands still after it: time does not change it then."""
+    assert bench.order(TRANSITION, MigrationState.RESUME)[:2] == (0, 0)
+    for place in range(0, len(stream), 1000):
+        part = stream[place : place + 1000]
+        assert bench.order(WRITE_DATA, data=part)[:2] == (len(part), 0)
+    assert bench.order(TRANSITION, MigrationState.STOP)[:2] == (0, 0)
+
+
+def save_stopped(bench: Bench) -> bytes:
+    assert bench.order(TRANSITION, MigrationState.STOP_AND_COPY)[:2] == (0, 0)
+    parts = []
+    while data := bench.order(READ_DATA, 0, 0, 1000)[2]:
+        parts.append(data)
+    assert bench.order(TRANSITION, MigrationState.STOP)[:2] == (0, 0)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("model", [card])
+def test_a_card_moves_to_and_from_the_native_engine(bench: Bench, native: Native) -> None:
+    """With something in every part of it: each hands on what it was given."""
+    fresh = native.save()
+    golden = streams.files("e1000")[-1].read_bytes()
+    native.restore(golden)
+    first = native.save()
+    restore(bench, first)
+    second = save_stopped(bench)
+    native.restore(second)
+    device = native.server.device
+    assert device is not None
+    expected = streams.parsed(device, golden)
+    assert streams.parsed(device, fresh) != expected
+    for stream in (first, second, native.save()):
+        assert streams.parsed(device, stream) == expected
