@@ -20,7 +20,7 @@ import pytest
 from guest_moves.guest_programs import compiled
 from needs import in_ci, missing
 from vfio_user.client.qemu.command import MachineOptions
-from vfio_user.client.qemu.lab import Lab, build_lab
+from vfio_user.client.qemu.lab import Lab, build_lab, find_qemu
 from vfio_user.client.qemu.machine import Machine, open_machine
 from vfio_user.client.qemu.moving import Model
 from vfio_user.client.qemu.namespace import Namespace, open_namespace
@@ -40,6 +40,12 @@ COMBINATIONS = (
     ("q35", True, "libvfio-user"),
 )
 """Chipset, whether guest memory is mapped, engine."""
+
+
+def pytest_report_header() -> str:
+    """Which QEMU boots the guests."""
+    search = find_qemu()
+    return f"QEMU: {search.qemu or f'not found ({search.reason})'}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
