@@ -52,7 +52,8 @@ async def test_control_connections_that_end(scene: Scene, tmp_path: Path, step: 
         scene.writes = Writes.AUTO if step is Step.MEASURE else Writes.HAND_OVER
         scene.at(step, wire.drop)
         report = await scene.move()
-        if step in BEFORE:
+        # At the hand-over nothing may be left to ask of a source that had nothing in its log.
+        if step in BEFORE and (step, side) != (Step.HAND_OVER, 0):
             assert report.outcome is Outcome.FAILED, report
         if report.outcome is Outcome.FAILED:
             await home_again(scene, report)
