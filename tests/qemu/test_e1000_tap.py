@@ -57,10 +57,12 @@ async def test_traffic_and_the_drivers_own_tests(
             counted = await accounts.check()
             assert counted["net_sent_frames"] > COUNTS.pings < counted["net_received_frames"]
             check_way(counted, mapped, COUNTS.rounds)
-            await Filters(guest, server, namespace).check()
+            if chipset == "q35":  # where the card is plugged in changes nothing of it
+                await Filters(guest, server, namespace).check()
             await check_ipv6_and_sizes(guest, namespace, accounts)
             check_kernel_log(await guest.kernel_log())
-            await check_cable(guest, control)
+            if chipset == "q35":
+                await check_cable(guest, control)
             await check_up_and_down(guest)
             check_kernel_log(await guest.kernel_log())
             await check_reboot_and_self_test(guest, namespace, server)
