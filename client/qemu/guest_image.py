@@ -17,7 +17,7 @@ PACKAGES = ("busybox-static", "kmod", "iperf3", "ethtool", "pciutils", "socat")
 PROGRAMS = ("usr/bin/iperf3", "usr/sbin/ethtool", "usr/bin/lspci", "usr/bin/setpci", "usr/bin/socat")
 MODULES = (
     "e1000", "e1000e", "igb", "virtio_net", "virtio_pci", "vfio-pci", "vfio_iommu_type1",
-    "uio_pci_generic", "8021q", "pktgen",
+    "uio_pci_generic", "8021q",
 )  # fmt: skip
 KERNEL, INITRD = "vmlinux", "initrd.cpio"
 _XZ, _ELF = b"\xfd7zXZ\0", b"\x7fELF"
