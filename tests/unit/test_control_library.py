@@ -84,5 +84,5 @@ async def test_a_stop_comes_behind_what_was_posted_before(tmp_path: Path) -> Non
         head = REGION_ACCESS.pack(0, Command.REGION_WRITE, size, FLAG_NO_REPLY, 0, 0x3C, 7, 1)
         data = [head + bytes((i % 251,)) for i in range(count)]
         vmm.client.link.send_raw((b"".join(data),))
-        told = await control.call("stop", describe=True)
+        told = await control.call("stop", wait=20_000, describe=True)
         assert bytes.fromhex(told["configuration"]["space"])[0x3C] == (count - 1) % 251
