@@ -81,7 +81,7 @@ async def intx_held(moving: Moving) -> AsyncIterator[None]:
         "echo 2 > /proc/irq/$(grep eth0 /proc/interrupts | cut -d : -f 1 | tr -d ' ')/smp_affinity"
     )
     async with open_control(moving.here.controls[NIC.id]) as control:
-        with trio.fail_after(60):
+        with trio.fail_after(120):
             while not await _hold(guest, control):
                 await guest.check(f"rm -f {HOLD}")
     try:
@@ -92,7 +92,7 @@ async def intx_held(moving: Moving) -> AsyncIterator[None]:
 
 async def _hold(guest: Machine, control: ControlClient) -> bool:
     """Whether the pin is high. It is not if the driver was at work, with its interrupts off."""
-    await guest.check(f"hold 1 {HOLD}")
+    await guest.check(f"hold 1 {HOLD}", 60)
     with trio.move_on_after(0.3):
         while not (await control.call("configuration"))["intx"]["level"]:  # noqa: ASYNC110
             await trio.sleep(0.01)

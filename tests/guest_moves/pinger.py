@@ -18,6 +18,11 @@ _REQUEST, _REPLY, _IP_HEADER = 8, 0, 20
 _HEADER = struct.Struct("!BBHHH")
 _ID = 0x5C81
 
+ROOM = 100
+"""Answers that the guest's kernel keeps to be sent (net/ipv4/icmp.c, icmp_sk_init: bytes for two of 64 KiB,
+and an answer takes 1,280). Of a guest that serves no interrupt for more than a second all others are lost,
+also without a move."""
+
 
 @dataclass(slots=True)
 class Pinger:
@@ -28,9 +33,16 @@ class Pinger:
     _changed: trio.Condition = field(default_factory=trio.Condition)
 
     def lost(self, since: float, until: float) -> int:
-        """Of those sent in between, how many were not answered."""
+        """Of those sent in between, how many were not answered, and that not for want of the guest's room."""
         return sum(
-            since <= time < until and number not in self.answered for number, time in enumerate(self.sent)
+            since <= time < until and number not in self.answered and self.waiting(time) < ROOM
+            for number, time in enumerate(self.sent)
+        )
+
+    def waiting(self, moment: float) -> int:
+        """How many of those sent until a moment were answered after it."""
+        return sum(
+            answer > moment and self.sent[number] <= moment for number, answer in self.answered.items()
         )
 
     def slowest(self, since: float, until: float) -> float:
