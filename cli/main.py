@@ -30,6 +30,9 @@ class LazyGroup(click.Group):
             return self._run(*args, **extra)
         try:
             sys.exit(self._run(*args, **extra))
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
         except click.UsageError as error:
             program = "vfio-user" if error.ctx is None else error.ctx.command_path
             fail(f"{error.format_message()} ({program} --help)")

@@ -5,8 +5,8 @@ import logging
 import resource
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from vfio_user.server.net.factory import open_backend
 DEFAULTS = Settings()
 DEFAULT_NET = "echo"
 OTHER_FILES = 4096  # open files that DMA regions leave for eventfds and all else
+END = (signal.SIGTERM, signal.SIGINT)
 LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
@@ -116,7 +117,7 @@ def command(
     state. SIGTERM and SIGINT end it with exit status 0, and the socket file is removed.
     """
     _start_log(verbose)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in END:
         signal.signal(number, _end_early)
     settings = Settings(
         spin_us=spin,
@@ -126,6 +127,8 @@ def command(
     )
     if (socket_path is None) == (fd is None):
         fail("give either --socket-path PATH or --fd N")
+    if control is not None and socket_path is not None and control.absolute() == socket_path.absolute():
+        fail(f"--control {control}: that is the device's own socket; give it another path")
     order = _Order(model, net, assignments, engine, socket_path, fd, control)
     shut_down = _ShutDown()
     with ExitStack() as stack:
@@ -153,13 +156,24 @@ def _open(order: _Order, settings: Settings, shut_down: "_ShutDown", stack: Exit
     """A server that listens, with its device; everything that was made is on the stack."""
     server = stack.enter_context(ENGINES[order.engine](settings))
     server.install(_maker(server, order, stack))
-    if order.socket_path is not None:
-        server.listen_at(order.socket_path)
-    elif order.fd is not None:
-        server.adopt_fd(order.fd)
-    if order.control is not None:
-        stack.callback(ControlServer(server, order.engine, order.control, shut_down).close)
+    with _signals_wait():
+        if order.socket_path is not None:
+            server.listen_at(order.socket_path)
+        elif order.fd is not None:
+            server.adopt_fd(order.fd)
+        if order.control is not None:
+            stack.callback(ControlServer(server, order.engine, order.control, shut_down).close)
     return server
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """A signal that comes inside the block ends us behind it: a file that is being made has an owner then."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, END)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_log(verbose: int) -> None:

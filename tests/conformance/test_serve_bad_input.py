@@ -160,6 +160,19 @@ def test_a_path_that_the_engines_library_cannot_have(refused: Refused, tmp_path:
 # The path
 
 
+def test_the_devices_path_for_controllers(refused: Refused) -> None:
+    said = refused("scratch", "--socket-path", "nic.sock", "--control", Path.cwd() / "nic.sock")
+    assert "the device's own socket; give it another path" in said
+
+
+def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is meant to be read: not in one line."""
+    with pytest.raises(SystemExit) as end:
+        main([], prog_name="vfio-user")
+    assert end.value.code == 2
+    assert "\n  serve " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_path_that_is_served(refused: Refused, tmp_path: Path, engine: str) -> None:
     if engine == "libvfio-user":

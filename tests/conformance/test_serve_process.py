@@ -169,6 +169,32 @@ def test_a_signal_before_it_listens_leaves_nothing_behind(tmp_path: Path) -> Non
         assert not path.exists()
 
 
+def test_a_signal_while_a_socket_gets_its_name_leaves_nothing_behind(tmp_path: Path, engine: str) -> None:
+    """Of the device or of the controllers: it has no owner yet that would remove it."""
+    program = (
+        "import os, signal, sys\n"
+        "link, left = os.link, [int(sys.argv.pop(1))]\n"
+        "def signalled(*words, **options):\n"
+        "    link(*words, **options)\n"
+        "    left[0] -= 1\n"
+        "    if not left[0]:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"os.link = signalled\n{PROGRAM}"
+    )
+    for number in ("1", "2"):
+        words = ["serve", "scratch", "--engine", engine, "--socket-path", "nic.sock", "--control", "control"]
+        result = subprocess.run(
+            [sys.executable, "-c", program, number, *words],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+        assert list(tmp_path.iterdir()) == []
+
+
 async def test_a_listening_socket_may_be_inherited(tmp_path: Path) -> None:
     path = tmp_path / "nic.sock"
     with socket.socket(socket.AF_UNIX) as listener:
