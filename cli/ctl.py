@@ -4,6 +4,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import stat
 import sys
@@ -22,6 +23,10 @@ from vfio_user.server.control_method import Method
 from vfio_user.server.control_methods import find_method
 
 STANDARD = Path("-")
+AT_ONCE = frozenset({"state", "configuration", "cancel", "link", "announce"})
+"""Methods that wait for nobody; how long the others take is up to the device, the VMM and the caller."""
+ANSWER = 5.0
+"""Seconds for them."""
 _HINTS = {
     ("--to FILE", errno.ENOENT): "make its folder first",
     ("--to FILE", errno.ENOTDIR): "a part of the path is no folder, choose another path",
@@ -118,8 +123,11 @@ def _open(path: Path, option: str, *, writing: bool) -> int:
 
 
 async def _call(path: Path, method: str, fd: int | None, params: dict[str, Any]) -> Any:
-    async with open_control(path) as control:
-        return await control.call(method, fd=fd, **params)
+    """ControlLost when what is answered at once is not: the device's own socket takes a connection too."""
+    with trio.move_on_after(ANSWER if method in AT_ONCE else math.inf):
+        async with open_control(path) as control:
+            return await control.call(method, fd=fd, **params)
+    raise ControlLost(f"{path} does not answer within {ANSWER:g} s: is it the control socket?")
 
 
 async def _save_inline(path: Path, method: str, fd: int, params: dict[str, Any]) -> Any:

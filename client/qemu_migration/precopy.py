@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The part of a move in which the guest runs: from the first question to QEMU's stop of the CPUs."""
 
+from typing import Any
+
 import trio
 
 from vfio_user.client.qemu_migration.answers import MOST_PAGES, truth, whole
@@ -19,6 +21,8 @@ from vfio_user.client.qemu_migration.writes import LOOK_SECONDS, LOOKS, choose, 
 LOOK_AGAIN = 0.2
 """Seconds between two looks at a migration that is under way."""
 SWITCHED = "pre-switchover"
+ANSWER = 5.0
+"""Seconds for a server to say what it is at, before anything is touched: it does so at once, or is none."""
 
 
 async def check(move: Move) -> None:
@@ -45,10 +49,24 @@ async def _ask(move: Move) -> Facts:
 
 
 async def _ask_device(device: MovingDevice) -> DeviceFacts:
-    ends = device.source, device.destination
-    states = [await end.call("state") for end in ends]
-    configurations = [await end.call("configuration") for end in ends]
+    states = [await _ask_server(device, where, "state") for where in _SIDES]
+    configurations = [await _ask_server(device, where, "configuration") for where in _SIDES]
     return DeviceFacts(device.id, *states, *configurations)
+
+
+_SIDES = (Where.SOURCE, Where.DESTINATION)
+
+
+async def _ask_server(device: MovingDevice, where: Where, method: str) -> Any:
+    """The device's own socket takes a connection too, and never answers."""
+    here = where is Where.SOURCE
+    control = device.source if here else device.destination
+    path = device.wanted.source if here else device.wanted.destination
+    complaint = (
+        f"{device.id}: the {where.value}'s server ({path}) does not answer within {ANSWER:g} s: is it the "
+        "control socket?"
+    )
+    return await within(ANSWER, control.call(method), complaint, where)
 
 
 async def prepare(move: Move, nursery: trio.Nursery) -> None:

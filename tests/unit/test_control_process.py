@@ -2,6 +2,7 @@
 """`serve --control` as a process of its own, and `vfio-user ctl`."""
 
 import json
+import socket
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -155,6 +156,19 @@ async def test_a_state_goes_over_the_connection(tmp_path: Path) -> None:
             await result(control, "resume")
             assert "No space left" in await complaint(control, "save", "--to", "/dev/full", "inline=true")
         await server.stop()
+
+
+@pytest.mark.parametrize("method", ["state", "configuration"])
+async def test_a_socket_that_never_answers(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the device's own, which QEMU has already."""
+    monkeypatch.setattr("vfio_user.cli.ctl.ANSWER", 0.05)
+    with socket.socket(socket.AF_UNIX) as silent, trio.fail_after(5):
+        silent.bind(str(tmp_path / "silent"))
+        silent.listen()
+        told = await complaint(tmp_path / "silent", method)
+    assert "does not answer within 0.05 s: is it the control socket?" in told
 
 
 async def test_numbers_and_bytes_of_ctl(tmp_path: Path) -> None:

@@ -238,6 +238,21 @@ async def test_rubbish_before_anything_is_touched(peers: Peers, method: str, rub
     assert peers.steps == [Step.CONNECT, Step.CHECK]
 
 
+@pytest.mark.parametrize("side", ["source", "destination"])
+async def test_a_server_that_never_answers_is_named(
+    peers: Peers, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vfio_user.client.qemu_migration.precopy.ANSWER", 0.1)
+    relay = peers.here if side == "source" else peers.there
+    relay.hang()
+    with pytest.raises(MoveError) as failed:
+        await peers.move()
+    assert str(failed.value) == (
+        f"dev: the {side}'s server ({relay.path}) does not answer within 0.1 s: is it the control socket?"
+    )
+    assert peers.steps == [Step.CONNECT, Step.CHECK]
+
+
 async def test_a_server_that_hangs_holds_the_guest_up_for_a_short_time_only(
     peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
