@@ -85,6 +85,16 @@ def _destination_waits(facts: Facts, request: Request) -> Iterator[str]:
         yield f"the destination's QEMU has begun to receive already ({status}): start it again"
 
 
+def _destination_listens(facts: Facts, request: Request) -> Iterator[str]:
+    """QEMU keeps the state in which a `migrate-incoming` has failed, and takes no other one."""
+    migration = facts.destination.migration
+    if migration.get("status") == "setup" and not migration.get("socket-address"):
+        yield (
+            "the destination's QEMU listens at no socket (an earlier migrate-incoming has failed, by a wrong "
+            "URI for one): start this QEMU anew"
+        )
+
+
 def _versions(facts: Facts, request: Request) -> Iterator[str]:
     for side, qemu in (("source", facts.source), ("destination", facts.destination)):
         if qemu.version < OLDEST_QEMU:
@@ -289,6 +299,7 @@ CHECKS: tuple[Check, ...] = (
     Check("the source's guest runs, or is paused", _source_runs),
     Check("its QEMU does not migrate already", _nothing_under_way),
     Check("the destination's QEMU waits for a guest and has received nothing yet", _destination_waits),
+    Check("if it was given a URI already, it listens there", _destination_listens),
     Check("both QEMUs are 10.1.1 or later", _versions),
     Check("machine type and size of memory are the same", _machines),
     Check("no capability is on that makes QEMU move memory in another way", _capabilities),

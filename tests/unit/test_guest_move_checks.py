@@ -57,6 +57,9 @@ FACTS = Facts(QEMU, replace(QEMU, status="inmigrate"), (DEVICE,))
 REQUEST = Request("/a", "/b", (DeviceRequest("nic", Path("/c"), Path("/d")),), "tcp:h:1")
 
 
+LISTENS = {"status": "setup", "socket-address": [{"type": "inet", "host": "127.0.0.1", "port": "4444"}]}
+
+
 def source(**changes: Any) -> Facts:
     return replace(FACTS, source=replace(FACTS.source, **changes))
 
@@ -81,7 +84,7 @@ def capability(name: str, on: bool = True) -> dict[str, bool]:
 
 def test_a_guest_that_can_be_moved() -> None:
     assert find_reasons(FACTS, REQUEST) == ()
-    assert find_reasons(destination(migration={"status": "setup"}), REQUEST) == ()
+    assert find_reasons(destination(migration=LISTENS), REQUEST) == ()
     assert find_reasons(source(migration={"status": "cancelled"}), REQUEST) == ()
     assert find_reasons(source(bars={"nic": {0: 0xFEB00000, 1: -1}}), REQUEST) == ()
     moved = CONFIGURATION["bars"][0] | {"address": 0}  # the destination's guest has not placed it yet
@@ -89,6 +92,7 @@ def test_a_guest_that_can_be_moved() -> None:
 
 
 WRONG = {
+    "start this QEMU anew": destination(migration={"status": "setup"}),
     "postmigrate": source(status="postmigrate"),
     "migrates already": source(migration={"status": "active"}),
     "-incoming": destination(status="prelaunch"),
