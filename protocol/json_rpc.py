@@ -5,9 +5,10 @@ Not taken: batches, and parameters by position.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 MAX_LINE: Final = 64 << 10
 """Bytes of a request, without its newline."""
@@ -138,9 +139,23 @@ def parse_answer(line: bytes) -> Answer:
     return Answer(value.get("id"), error=RpcError(error["code"], str(error.get("message", ""))))
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    """A number beyond a double's would go back as `Infinity`, which nobody can read."""
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant)
+
+
 def _load(line: bytes) -> Any:
     try:
-        return json.loads(line.decode())
+        return _DECODER.decode(line.decode())
     except (ValueError, RecursionError) as error:
         raise BadLine(PARSE_ERROR, f"this is not JSON: {error}") from None
 

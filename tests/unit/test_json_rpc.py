@@ -22,6 +22,8 @@ def test_a_request_and_a_notification() -> None:
         (b"\xff\xfe", json_rpc.PARSE_ERROR, None),
         (b"[" * 50_000, json_rpc.PARSE_ERROR, None),
         (b"1" * 5000, json_rpc.PARSE_ERROR, None),
+        (b'{"jsonrpc":"2.0","method":"stop","id":NaN}', json_rpc.PARSE_ERROR, None),
+        (b'{"jsonrpc":"2.0","method":"stop","id":-1e999}', json_rpc.PARSE_ERROR, None),
         (b"[]", json_rpc.INVALID_REQUEST, None),
         (b'"stop"', json_rpc.INVALID_REQUEST, None),
         (b'{"jsonrpc":"1.0","method":"stop","id":1}', json_rpc.INVALID_REQUEST, 1),
@@ -30,7 +32,7 @@ def test_a_request_and_a_notification() -> None:
         (b'{"jsonrpc":"2.0","method":"stop","id":true}', json_rpc.INVALID_REQUEST, None),
         (b'{"jsonrpc":"2.0","method":"stop","params":[1],"id":2}', json_rpc.INVALID_PARAMS, 2),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_what_is_no_request(line: bytes, code: int, id: object) -> None:
     with pytest.raises(BadLine) as raised:
@@ -44,6 +46,12 @@ def test_answers() -> None:
     assert answer.id == "x"
     assert answer.error is not None
     assert (answer.error.code, answer.error.message) == (json_rpc.REFUSED, "not now")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_an_answer_with_what_is_no_number_of_json(number: str) -> None:
+    with pytest.raises(BadLine, match="this is not JSON"):
+        parse_answer(f'{{"jsonrpc":"2.0","id":1,"result":{number}}}'.encode())
 
 
 @pytest.mark.parametrize(
