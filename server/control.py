@@ -66,11 +66,18 @@ class ControlServer:
         if sock is None:
             return
         uid = peer_uid(sock)
-        if not may_control(uid, os.geteuid()) or len(self._controllers) >= MAX_CONTROLLERS:
-            logger.warning("a controller of user %d was turned away", uid)
+        if reason := self._why_not(uid):
+            logger.warning("a controller of user %d was turned away: %s", uid, reason)
             sock.close()
             return
         self._controllers.append(Controller(self._engine, self._control, sock, self._controllers.remove))
+
+    def _why_not(self, uid: int) -> str:
+        if not may_control(uid, os.geteuid()):
+            return f"only user {os.geteuid()} and root may control this server"
+        if len(self._controllers) >= MAX_CONTROLLERS:
+            return f"{MAX_CONTROLLERS} are connected already"
+        return ""
 
     def _cut_transfer(self) -> None:
         for controller in list(self._controllers):

@@ -5,6 +5,7 @@ pytest loads this module in every project of an environment that has the package
 pytest, and all else when a test asks for the fixture. docs/migration.md says how to use it.
 """
 
+import argparse
 import inspect
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise ValueError(text)
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of moves: give 1 or more")
+    return int(text)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -56,9 +56,9 @@ def find_model(model: AnyModel, options: Mapping[str, str]) -> Model:
         raise OptionError(f"options={options!r}: write options={{name: text, ...}}")
     found = Model(load_model(model) if isinstance(model, str) else model, options)
     parse_options(found.made_by, found.assignments)
-    if found.made_by.state_version < 1:
-        name = found.made_by.__name__
-        raise OptionError(f"{name} cannot be moved: its `state_version` is {found.made_by.state_version}")
+    version: object = found.made_by.state_version  # a model of somebody's own may have anything there
+    if not isinstance(version, int) or version < 1:
+        raise OptionError(f"{found.made_by.__name__} cannot be moved: its `state_version` is {version}")
     return found
 
 

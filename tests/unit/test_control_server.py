@@ -138,13 +138,16 @@ async def test_descriptors_that_nobody_wants_are_closed(tmp_path: Path) -> None:
         assert len(os.listdir("/proc/self/fd")) == before
 
 
-async def test_more_controllers_than_there_is_room_for(tmp_path: Path) -> None:
+async def test_more_controllers_than_there_is_room_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with serving(tmp_path) as served, trio.open_nursery() as nursery:
         for _ in range(control.MAX_CONTROLLERS):
             controller = await nursery.start(_stay, served.control_path)
         async with open_control(served.control_path) as one_more:
             with pytest.raises(ControlLost):
                 await one_more.call("state")
+        assert "was turned away: 16 are connected already" in caplog.text
         assert (await controller.call("state"))["engine"] == "native"
         nursery.cancel_scope.cancel()
 

@@ -232,3 +232,10 @@ def test_the_plugin_itself_imports_only_pytest() -> None:
     source = (Path(__file__).parents[2] / "testing" / "pytest_plugin.py").read_text()
     top = re.findall(r"^(?:from|import) ([\w.]+)", source, re.MULTILINE)
     assert top == ["inspect", "typing", "pytest"]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many"])
+def test_a_number_of_moves_that_is_none(pytester: pytest.Pytester, text: str) -> None:
+    done = pytester.runpytest_inprocess(f"--vfio-user-moves={text}")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines([f"*'{text}' is no number of moves: give 1 or more*"])

@@ -4,6 +4,7 @@
 import random
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -200,11 +201,12 @@ def test_a_seed_repeats_the_choices(tester: Tester) -> None:
     assert first == again != other
 
 
-async def test_a_model_without_state(tester: Tester) -> None:
+@pytest.mark.parametrize("version", [0, None, "1"])
+async def test_a_model_without_state(tester: Tester, version: Any) -> None:
     class Fixed(Scratch):
-        state_version = 0
+        state_version = version
 
-    with pytest.raises(OptionError, match=r"Fixed cannot be moved: its `state_version` is 0"):
+    with pytest.raises(OptionError, match=rf"Fixed cannot be moved: its `state_version` is {version}"):
         async with tester().open(Fixed):
             pytest.fail("it cannot be moved")
 
