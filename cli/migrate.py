@@ -204,6 +204,9 @@ class Display:
 
     def tell(self, progress: Progress) -> None:
         """While the guest stands still nothing is drawn: that would be downtime."""
+        if progress.way_back:
+            self.say(f"{progress.seconds:8.2f} s  way back: {progress.way_back}")
+            return
         if progress.step is not self._step:
             self._step = progress.step
             if progress.step in _QUIET:

@@ -77,6 +77,8 @@ class Progress:
     device_pages: int = 0
     state: int = 0
     write_through: bool = False
+    way_back: str = ""
+    """What is being undone, or has come of it, once the move has failed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Where a migration is, whom it told, and how long that took."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,6 +43,12 @@ class Trail:
         self.step = step
         self.begun.add(step)
         self.tell(replace(self._last, step=step))
+
+    def lead_back(self, text: str) -> None:
+        """Tells what is being undone; `step` stays where it failed, and it is no sample of the copying. Who
+        is told may not keep the rest from being undone."""
+        with contextlib.suppress(Exception):
+            self._tell(replace(self._last, seconds=self.seconds, way_back=text))
 
     def has(self, step: Step) -> bool:
         """Whether this step was begun."""

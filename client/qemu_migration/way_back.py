@@ -23,6 +23,10 @@ AGAIN = 0.05
 """Seconds between two questions on the way back, where no event tells."""
 RESUME = 2.0
 """Seconds for a device of the source to go on; longer than a `stop` that is under way waits."""
+RESET = 5.0
+"""Seconds for a device of the destination to be reset: the source's guest runs by then, and a server that has
+not answered is not waited for."""
+RUNS_AGAIN = "the source's guest runs again"
 END = 2.0
 """Seconds for the destination's QEMU to end; the guest may be standing still meanwhile."""
 
@@ -227,7 +231,11 @@ async def put_back_settings(move: Move) -> None:
 
 async def _reset_destinations(move: Move) -> None:
     """As QEMU's own reset at its start left them; a state that was loaded must not come to life."""
-    await _every(move, lambda device: device.destination.call("reset"))
+    await _every(move, _reset_destination)
+
+
+async def _reset_destination(device: MovingDevice) -> None:
+    await within(RESET, device.destination.call("reset"), f"no answer within {RESET:g} s", Where.DESTINATION)
 
 
 WAY_BACK: tuple[Row, ...] = (
@@ -245,10 +253,18 @@ WAY_BACK: tuple[Row, ...] = (
 
 
 async def lead_back(move: Move) -> None:
-    """Run the rows of what was begun. What one cannot do is noted, and the next one runs."""
+    """Run the rows of what was begun. What one cannot do is noted, and the next one runs. They are told of
+    while the guest runs; while it stands still, an output that takes nothing would hold it up."""
+    stands_still = move.trail.has(Step.STOP) and move.was_running
     for row in WAY_BACK:
         if move.trail.has(row.undoes):
-            await attempt(move, row.text, row.run)
+            if not stands_still:
+                move.trail.lead_back(row.text)
+            done = await attempt(move, row.text, row.run)
+            if stands_still and row.run is _run_source:
+                stands_still = False  # else nothing below can help it, and what is done should be seen
+                if done:
+                    move.trail.lead_back(RUNS_AGAIN)
 
 
 async def attempt(move: Move, text: str, work: Callable[[Move], Awaitable[None]]) -> bool:

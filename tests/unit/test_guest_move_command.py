@@ -207,8 +207,10 @@ def test_what_is_shown_while_it_runs() -> None:
     with Display(console) as display:
         for step in Step:
             display.tell(replace(looks, step=step))
+        display.tell(replace(looks, seconds=12.5, way_back="forget the dirty logs"))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert [step.value in text for step in (Step.PRECOPY, Step.STOP, Step.DONE)] == [True, False, True]
+    assert "   12.50 s  way back: forget the dirty logs\n" in text
     assert story(looks) == "pass 2: 3 of 8 MiB left, 5 MiB sent; device: 1,500 pages in the log"
     late = story(replace(looks, write_through=True))
     assert late.endswith("device: writes through, 1,500 pages in the log")

@@ -113,8 +113,12 @@ class Peers:
     limits: Limits = field(default_factory=lambda: Limits(timeout=8, stop=1, recovery=3))
     at: dict[Step, Callable[[], None]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
+    undone: list[str] = field(default_factory=list)
 
     def tell(self, progress: Progress) -> None:
+        if progress.way_back:
+            self.undone.append(progress.way_back)
+            raise RuntimeError("nobody listens")  # which keeps nothing from being undone
         if progress.step not in self.steps:
             self.steps.append(progress.step)
             self.at.get(progress.step, lambda: None)()
@@ -318,6 +322,32 @@ async def test_a_destination_that_does_not_stop_holds_nothing_up(
     assert peers.source.running
     assert "here resume" in refused.order
     assert any("dev may run at the destination, too" in note for note in report.notes)
+
+
+async def test_a_destination_that_hangs_is_no_silence(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source's guest runs: that is said before anybody waits for a reset, and for that not long."""
+    monkeypatch.setattr("vfio_user.client.qemu_migration.way_back.RESUME", 0.2)
+    monkeypatch.setattr("vfio_user.client.qemu_migration.way_back.RESET", 0.2)
+    monkeypatch.setattr("vfio_user.client.qemu_migration.standing.ANSWER", 0.2)
+    peers.limits = Limits(timeout=60, standstill=0.3, recovery=30)
+    peers.at[Step.LAST_PASS] = peers.there.hang
+    with trio.fail_after(5):
+        report = await peers.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "source"), report
+    runs = peers.undone.index("the source's guest runs again")
+    assert peers.undone[:runs] == []  # it stood still: no output may hold that up
+    assert "reset the destination's devices" in peers.undone[runs:]
+    assert any("dev: no answer within 0.2 s" in note for note in report.notes), report.notes
+
+
+async def test_what_is_undone_while_the_guest_runs_is_told_as_it_happens(peers: Peers) -> None:
+    peers.source.may_switch = trio.Event()
+    peers.limits = Limits(timeout=0.4, stop=1, recovery=3)
+    report = await peers.move()
+    assert (report.outcome, report.guest) == (Outcome.FAILED, "source"), report
+    assert peers.undone[0] == "reach servers whose connections were lost"
+    assert "the source's guest runs again" not in peers.undone  # it never stood still
+    assert not [one for one in report.samples if one.way_back]
 
 
 # The output
