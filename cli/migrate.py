@@ -224,6 +224,10 @@ def _show(console: Console, report: Report) -> None:
     if report.downtime.total:
         for table in tables(report):
             console.print(table)
+    if report.stood_still:
+        _say(
+            console, f"the guest stood still for {report.stood_still:,.1f} ms before it went on at the source"
+        )
     for note in report.notes:
         _say(console, f"note: {note}")
     if report.failure is not None:

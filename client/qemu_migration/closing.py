@@ -48,7 +48,8 @@ async def _count(device: MovingDevice) -> None:
 
 
 async def write_report(move: Move, outcome: Outcome, failure: Failure | None, guest: Guest) -> Report:
-    ram, qemu_downtime = await _figures(move)
+    completed = outcome is Outcome.COMPLETED
+    ram, qemu_downtime = await _figures(move, completed)
     trail = move.trail
     source, destination = await look(move, move.source), await look(move, move.destination)
     owed = move.settings[0].owed if move.settings else ()
@@ -61,7 +62,8 @@ async def write_report(move: Move, outcome: Outcome, failure: Failure | None, gu
         seconds=trail.seconds,
         writes=_writes(move),
         rounds=_rounds_if_told(move),
-        downtime=_downtime(move),
+        downtime=_downtime(move) if completed else Downtime(),
+        stood_still=0.0 if completed else _stood_still(move),
         qemu_downtime=qemu_downtime,
         devices=tuple(device.report() for device in move.devices),
         ram=ram,
@@ -77,13 +79,13 @@ def _writes(move: Move) -> Writes:
     return Writes.WRITE_THROUGH if through else Writes.HAND_OVER
 
 
-async def _figures(move: Move) -> tuple[dict[str, int], float]:
-    """QEMU's last account; what was seen of it when it is gone."""
+async def _figures(move: Move, completed: bool) -> tuple[dict[str, int], float]:
+    """QEMU's last account; what was seen of it when it is gone. Of a move that failed it ends no pass."""
     with trio.move_on_after(ANSWER):
         try:
             answer = await move.source.query()
             ram = dict(answer.get("ram", {}))
-            if ram:
+            if ram and completed:
                 seconds = _at(move, "completed") / 1000 or move.trail.seconds
                 move.ram.append((seconds, ram))
             return ram, float(answer.get("downtime", 0))
@@ -105,9 +107,10 @@ def _rounds(move: Move) -> list[Round]:
     looked = itertools.groupby(move.ram, lambda look: max(1, look[1].get("dirty-sync-count", 0)))
     lasts = [list(looks)[-1] for _, looks in looked]
     rounds, at, pages, sent = [], _at(move, "migrate"), 0, 0
+    still = _at(move, "still")
     for number, (seconds, ram) in enumerate(lasts, 1):
         total, bytes_ = ram.get("normal", 0) + ram.get("duplicate", 0), ram.get("transferred", 0)
-        stopped = number == len(lasts) and "completed" in move.marks
+        stopped = 0 < still < seconds * 1000
         rounds.append(Round(number, at, seconds * 1000 - at, total - pages, bytes_ - sent, stopped))
         at, pages, sent = seconds * 1000, total, bytes_
     return rounds
@@ -116,6 +119,14 @@ def _rounds(move: Move) -> list[Round]:
 def _at(move: Move, mark: str) -> float:
     """Milliseconds since the start."""
     return move.trail.since_start(move.marks[mark]) if mark in move.marks else 0.0
+
+
+def _stood_still(move: Move) -> float:
+    """By QEMU's word that the CPUs run again; when that was missed, by when it was asked for."""
+    begin, end = move.marks.get("still"), move.source.when("RESUME")
+    if begin is not None and end is not None and end > begin:
+        return (end - begin) * 1000
+    return move.between("still", "back")
 
 
 def _downtime(move: Move) -> Downtime:

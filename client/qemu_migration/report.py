@@ -161,6 +161,10 @@ class Report:
     writes: Writes
     rounds: tuple[Round, ...] = ()
     downtime: Downtime = field(default_factory=Downtime)
+    """Nothing of a move that failed."""
+    stood_still: float = 0.0
+    """Milliseconds for which the guest of a move that failed stood still before it went on at the source; 0:
+    it did not stand still, or does yet."""
     qemu_downtime: float = 0.0
     """Milliseconds, by the source QEMU's own account."""
     devices: tuple[DeviceReport, ...] = ()

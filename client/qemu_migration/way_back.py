@@ -264,6 +264,7 @@ async def lead_back(move: Move) -> None:
             if stands_still and row.run is _run_source:
                 stands_still = False  # else nothing below can help it, and what is done should be seen
                 if done:
+                    move.mark("back")
                     move.trail.lead_back(RUNS_AGAIN)
 
 

@@ -95,7 +95,10 @@ async def test_a_move_that_fails_says_who_has_the_guest(bed: Bed) -> None:
     assert (status, errors) == (1, "")
     assert "the migration was given up while it was to let QEMU send the last pages" in output
     assert "source: its guest runs; dev runs" in output
-    assert json.loads(report.read_text())["failure"]["where"] == "source"
+    written = json.loads(report.read_text())
+    assert written["failure"]["where"] == "source"
+    assert f"stood still for {written['stood_still']:,.1f} ms before it went on at the source" in output
+    assert "Downtime" not in output
 
 
 async def test_a_move_that_cannot_be_is_a_line_for_each_reason(bed: Bed) -> None:

@@ -340,6 +340,22 @@ async def test_a_destination_that_hangs_is_no_silence(peers: Peers, monkeypatch:
     assert any("dev: no answer within 0.2 s" in note for note in report.notes), report.notes
 
 
+async def test_of_a_move_that_failed_the_time_is_told_that_the_guest_stood_still(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From QEMU's stop to its RESUME: not the parts that were done by then, nor what the way back took."""
+    monkeypatch.setattr("vfio_user.client.qemu_migration.way_back.RESUME", 0.1)
+    monkeypatch.setattr("vfio_user.client.qemu_migration.way_back.RESET", 0.5)
+    monkeypatch.setattr("vfio_user.client.qemu_migration.standing.ANSWER", 0.1)
+    peers.limits = Limits(timeout=60, standstill=0.3, recovery=30)
+    peers.at[Step.LAST_PASS] = peers.there.hang
+    report = await peers.move()
+    assert report.outcome is Outcome.FAILED
+    assert 300 <= report.stood_still < report.seconds * 1000 - 500
+    assert report.downtime.total == 0
+    assert not any(one.stopped or one.at + one.ms > report.seconds * 1000 - 800 for one in report.rounds)
+
+
 async def test_what_is_undone_while_the_guest_runs_is_told_as_it_happens(peers: Peers) -> None:
     peers.source.may_switch = trio.Event()
     peers.limits = Limits(timeout=0.4, stop=1, recovery=3)
