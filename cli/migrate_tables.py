@@ -46,8 +46,10 @@ def rounds_table(report: Report) -> Table:
     no count of pages but QEMU's own."""
     table = make_table("What was moved", ("", "pages", "size", "ms"))
     for one in report.rounds:
-        name = f"pass {one.number}, guest stopped" if one.stopped else f"pass {one.number}"
-        table.add_row(name, f"{one.pages:,}", size(one.bytes), f"{one.ms:.0f}")
+        ms = one.ms_running if one.stopped else one.ms
+        table.add_row(f"pass {one.number}", f"{one.pages:,}", size(one.bytes), f"{ms:.0f}")
+        if one.stopped:
+            table.add_row("  and with the guest stopped", "", "", f"{one.ms - one.ms_running:.0f}")
     table.add_section()
     sent = size(report.ram.get("transferred", 0))
     table.add_row("guest memory in all", f"{report.pages:,}", sent, "")

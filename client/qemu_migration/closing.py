@@ -111,8 +111,10 @@ def _rounds(move: Move) -> list[Round]:
     for number, (seconds, ram) in enumerate(lasts, 1):
         total, bytes_ = ram.get("normal", 0) + ram.get("duplicate", 0), ram.get("transferred", 0)
         stopped = 0 < still < seconds * 1000
-        rounds.append(Round(number, at, seconds * 1000 - at, total - pages, bytes_ - sent, stopped))
-        at, pages, sent = seconds * 1000, total, bytes_
+        end = seconds * 1000
+        running = min(max(0.0, still - at), end - at) if stopped else end - at
+        rounds.append(Round(number, at, end - at, total - pages, bytes_ - sent, stopped, running))
+        at, pages, sent = end, total, bytes_
     return rounds
 
 

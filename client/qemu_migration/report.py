@@ -83,8 +83,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One of QEMU's passes over memory; the last one with the guest stopped. `at` and `ms` are milliseconds,
-    `pages` of 4 KiB (those of zeros too), `bytes` on the wire."""
+    """One of QEMU's passes over memory. `stopped`: the guest was stopped in it, once it had run `ms_running`.
+    `at` and `ms` are milliseconds, `pages` of 4 KiB (those of zeros too), `bytes` on the wire."""
 
     number: int
     at: float
@@ -92,6 +92,7 @@ class Round:
     pages: int
     bytes: int
     stopped: bool = False
+    ms_running: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,9 @@ async def test_a_guest_moves(scene: Scene) -> None:
         assert qemu.parameters["downtime-limit"] == 300
     assert report.devices[0].state_bytes > 0
     assert (report.ram["normal"], report.pages, report.rounds[-1].stopped) == (7, 10, True)
+    last = report.rounds[-1]
+    begun_until_completed = report.downtime.stop + report.downtime.hand_over + report.downtime.last_pass
+    assert last.ms - last.ms_running == pytest.approx(begun_until_completed)
     assert report.downtime.total > 0
     assert report.to_json()["outcome"] == "completed"
 
