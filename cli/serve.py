@@ -177,11 +177,14 @@ def _signals_wait() -> Iterator[None]:
 
 
 def _start_log(verbose: int) -> None:
+    """A log of our own, unless the process has one: that is none of our business."""
+    handler = logging.StreamHandler()
+    handler.addFilter(LogLimit())
     logging.basicConfig(
-        level=LEVELS[min(verbose, 2)], format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=LEVELS[min(verbose, 2)],
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[handler],
     )
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(LogLimit())
 
 
 def _end_early(_number: int, _frame: object) -> None:

@@ -5,7 +5,6 @@ pytest loads this module in every project of an environment that has the package
 pytest, and all else when a test asks for the fixture. docs/migration.md says how to use it.
 """
 
-import argparse
 import inspect
 from typing import TYPE_CHECKING
 
@@ -41,8 +40,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _count(text: str) -> int:
+    from argparse import ArgumentTypeError  # as everything here, only where it is needed
+
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of moves: give 1 or more")
+        raise ArgumentTypeError(f"{text!r} is no number of moves: give 1 or more")
     return int(text)
 
 

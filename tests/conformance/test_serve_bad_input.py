@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`vfio-user serve` with what cannot be used: one line that says what and what to do, exit status 2."""
 
+import logging
 import os
 import resource
 import signal
@@ -163,6 +164,13 @@ def test_a_path_that_the_engines_library_cannot_have(refused: Refused, tmp_path:
 def test_the_devices_path_for_controllers(refused: Refused) -> None:
     said = refused("scratch", "--socket-path", "nic.sock", "--control", Path.cwd() / "nic.sock")
     assert "the device's own socket; give it another path" in said
+
+
+def test_the_log_of_a_process_that_has_one_is_left_alone(refused: Refused, tmp_path: Path) -> None:
+    """As pytest's: who comes next would miss what is beyond the limit of ours."""
+    before = [list(handler.filters) for handler in logging.getLogger().handlers]
+    refused("scratch", "--socket-path", tmp_path / "not there" / "s")
+    assert [handler.filters for handler in logging.getLogger().handlers] == before != []
 
 
 def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
