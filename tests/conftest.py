@@ -6,6 +6,7 @@ A block's kind stands behind its language: `file=NAME` (write it), `append=NAME`
 commands), `output` (lines that the command before it prints).
 """
 
+import os
 import re
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -78,3 +79,13 @@ def tutorial() -> list[Step]:
 def write_step() -> Callable[[Path, Step], None]:
     """Does in a folder what a block with a file says."""
     return _write
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is for the soak alone is left out of other runs, not skipped: nothing is missing there."""
+    if os.environ.get("VFIO_USER_SOAK"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("soak")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

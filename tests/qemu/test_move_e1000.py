@@ -181,7 +181,7 @@ async def test_with_intx_held_high(lab: Lab, namespace: Namespace, shape: Shape,
         assert all(report.devices[0].intx_lowered for report in reports)
 
 
-@pytest.mark.skipif(not SOAK, reason="what the test above would see is seen there: VFIO_USER_SOAK")
+@pytest.mark.soak  # what the test above would see is seen there
 async def test_a_line_that_is_left_high_is_noticed(
     lab: Lab, namespace: Namespace, hold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -239,7 +239,7 @@ async def test_the_source_goes_on(lab: Lab, namespace: Namespace, scribbler: Mod
         await ping(moving.guest, HOST, 20)
 
 
-@pytest.mark.skipif(not SOAK, reason="of another device than the card in the test above: VFIO_USER_SOAK")
+@pytest.mark.soak  # of another device than the card in the test above
 async def test_the_card_is_lost(lab: Lab, namespace: Namespace) -> None:
     async with guest_with_nic(lab, namespace) as (moving, _):
         await the_source_server_dies(moving, NIC.id)

@@ -54,7 +54,7 @@ async def test_no_page_is_stale(
         assert found["lost"] == 0
 
 
-@pytest.mark.skipif(not SOAK, reason="of the two ways one server that lies is enough: VFIO_USER_SOAK")
+@pytest.mark.soak  # of the two ways one server that lies is enough
 async def test_a_server_that_does_not_write_through(
     lab: Lab, namespace: Namespace, scribble: Path, scribbler: Model, socket_folder: Path
 ) -> None:
