@@ -30,7 +30,7 @@ from vfio_user.client.qemu.namespace import Namespace
 from vfio_user.client.qemu.process import namespace_words, running
 
 TRUST = "verify=trust"  # the TAP's frames come from this host
-BEST_POLICY = ("itr=1000", TRUST)
+BEST_POLICY = ("itr=1000", "rx_itr=2000", TRUST)
 DEFAULT, OURS = Nic("default", 1, ()), Nic("ours", 2, (TRUST,), tuned=True)
 BEST, BUILT_IN = Nic("best", 3, BEST_POLICY, tuned=True), Nic("built-in", 4, None)
 NICS = (DEFAULT, OURS, BEST, BUILT_IN)

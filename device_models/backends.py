@@ -75,6 +75,21 @@ class Backend:
         counts.received_bytes += len(frame)
         return True
 
+    def _offer_all(self, frames: Sequence[bytes]) -> int:
+        """The same for several, for less than a call each; how many were taken, in order."""
+        receiver, counts = self._receiver, self.counts
+        if receiver is None or not self.link_up:
+            counts.received_dropped += len(frames)
+            return len(frames)
+        receive, taken = receiver.receive, 0
+        for frame in frames:
+            if not receive(frame):
+                break
+            taken += 1
+        counts.received_frames += taken
+        counts.received_bytes += sum(map(len, frames if taken == len(frames) else frames[:taken]))
+        return taken
+
     def ready(self) -> None:
         """The device can take frames again."""
 

@@ -146,13 +146,16 @@ class GuestMemory:
         region = self._last
         start, end = region.address, region.end
         if region.write_view is not None and self.enabled:
+            total = 0
             for address, data in segments:
-                if address < start or address + len(data) > end or not data:
+                length = len(data)
+                if address < start or address + length > end or not length:
                     break
+                total += length
             else:
                 region.store_many(segments)
                 self.counters.mapped_writes += len(segments)
-                self.counters.mapped_write_bytes += sum(len(data) for _, data in segments)
+                self.counters.mapped_write_bytes += total
                 return
         await self._write_slowly(segments)
 

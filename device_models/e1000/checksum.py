@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Checksums of received frames (Software Developer's Manual, 3.2.9, "Receive Packet Checksum Offloading")."""
 
+import struct
+
 from vfio_user.device_models.checksums import checksum, is_intact, pseudo_sum
 from vfio_user.device_models.e1000.bits import Rxcsum
 from vfio_user.device_models.e1000.descriptors import IPCS, IPE, IXSM, TCPCS, TCPE
@@ -9,8 +11,12 @@ _IPV4, _IPV6 = b"\x08\x00", b"\x86\xdd"
 _TCP, _UDP = 6, 17
 _CHECKSUM_AT = {_TCP: 16, _UDP: 6}
 _IPV4_HEADER, _IPV6_HEADER = 20, 40
-_IPV4_PLAIN = _IPV4 + b"\x45"
-_WHOLE = (b"\x40\x00", b"\x00\x00")
+_LOOK = struct.Struct(">12xHB5xHxB")
+"""What tells of a frame: the type, and of IPv4 the first byte, flags with fragment offset, and protocol."""
+_ETHERTYPE_IPV4, _ETHERTYPE_IPV6 = 0x0800, 0x86DD
+_NO_OPTIONS = 0x45
+_WHOLE = (0x4000, 0)
+"""Flags and fragment offset: may not be fragmented, or may and is not."""
 _SHORTEST = 14 + 20 + 20  # bytes: Ethernet, IPv4, TCP
 _V4_BITS = (0, IPCS, TCPCS, IPCS | TCPCS)  # by RXCSUM.IPOFL and TUOFL, its bits 8 and 9
 _V6_WANTED = Rxcsum.TUOFL | Rxcsum.IPV6OFL
@@ -29,10 +35,11 @@ def vouched(frame: bytes, control: int) -> int:
     """
     if len(frame) < _SHORTEST:
         return 0
-    kind = frame[12:15]
-    if kind == _IPV4_PLAIN:
-        return _V4_BITS[control >> 8 & 3] if frame[23] == _TCP and frame[20:22] in _WHOLE else 0
-    if kind[:2] == _IPV6 and frame[20] == _TCP and control & _V6_WANTED == _V6_WANTED:
+    kind, first, fragment, protocol = _LOOK.unpack_from(frame)
+    if kind == _ETHERTYPE_IPV4:
+        vouches = first == _NO_OPTIONS and protocol == _TCP and fragment in _WHOLE
+        return _V4_BITS[control >> 8 & 3] if vouches else 0
+    if kind == _ETHERTYPE_IPV6 and frame[20] == _TCP and control & _V6_WANTED == _V6_WANTED:
         return TCPCS
     return 0
 

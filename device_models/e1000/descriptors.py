@@ -2,19 +2,24 @@
 """Descriptors of the 8254x, 16 bytes each (Software Developer's Manual, 3.2.3 and 3.3.3 to 3.3.7)."""
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
+from vfio_user.device_models.regions import Buffer
 from vfio_user.device_models.state import U8, U16, Reader
 
 SIZE = 16
 
 # Receive (3.2.3): buffer address, length, packet checksum, status, errors, special
 RECEIVE = struct.Struct("<QHHBBH")
-ADDRESS = struct.Struct("<Q8x")
 
 DD, EOP, IXSM, VP, TCPCS, IPCS, PIF = 0x01, 0x02, 0x04, 0x08, 0x20, 0x40, 0x80
 TCPE, IPE = 0x20, 0x40
 """Errors of a receive descriptor: TCP or UDP checksum, IP checksum."""
+
+# The same as two numbers, the address and the rest, of which this is where the fields are
+CHECKSUM_SHIFT, STATUS_SHIFT, ERRORS_SHIFT, SPECIAL_SHIFT = 16, 32, 40, 48
 
 # Transmit: buffer address, then lower (length, type, command) and upper (status, options, special) words
 TRANSMIT = struct.Struct("<QII")
@@ -31,6 +36,26 @@ TUCMD_TCP, TUCMD_IPV4, TUCMD_TSE = 1 << 24, 1 << 25, 1 << 26
 POPTS_IXSM, POPTS_TXSM = 1 << 8, 1 << 9
 
 _CONTEXT = struct.Struct("<BBHBBHIBBH")
+
+
+@cache
+def _addresses(count: int) -> struct.Struct:
+    return struct.Struct("<" + "Q8x" * count)
+
+
+@cache
+def _numbers(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}Q")
+
+
+def parse_addresses(descriptors: Buffer) -> Sequence[int]:
+    """The buffer addresses of receive descriptors. With struct, all at once: a fifth of the time of each."""
+    return _addresses(len(descriptors) // SIZE).unpack(descriptors)
+
+
+def build_receive(numbers: Sequence[int]) -> bytes:
+    """Receive descriptors, of each its address and the rest as a number."""
+    return _numbers(len(numbers)).pack(*numbers)
 
 
 @dataclass(frozen=True, slots=True)

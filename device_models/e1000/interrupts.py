@@ -3,9 +3,9 @@
 
 Two mechanisms delay an interrupt. The delay timers (RDTR and RADV, TIDV and TADV) hold a cause back, the
 throttle (ITR) holds the pin back: it rises at most once in the interval. Under INTx every interrupt costs
-a VMM several synchronous register reads, so the throttle decides the throughput. A floor of the server's
-own may make the interval longer than the guest asked for, after much was moved, and unless the receive ring
-runs out of descriptors.
+a VMM several synchronous register reads, so the throttle decides the throughput. Floors of the server's own
+may make the interval longer than the guest asked for, after much was moved, and unless the receive ring runs
+out of descriptors.
 """
 
 from collections.abc import Callable
@@ -21,20 +21,26 @@ from vfio_user.device_models.timers import Timer
 ITR_UNIT = 256  # ns (13.4.18)
 DELAY_UNIT = 1024  # ns (13.4.30, 13.4.44)
 BULK = 10_000
-"""Bytes of frames between two interrupts from which on the floor counts: it holds no round trips up."""
+"""Bytes of frames between two interrupts from which on a floor counts: it holds no round trips up."""
+ANSWERS = 1 / 8
+"""Of the bytes that were moved, sent ones up to this share are the answers of one that receives."""
 LONGEST_WAIT = max(U16 * ITR_UNIT, LONGEST_INTERVAL * 1000)
 
 
 class Causes:
     """ICR and IMS, and the pin that they drive."""
 
-    def __init__(self, host: Host, pin: Interrupts, file: RegisterFile, floor: int) -> None:
-        """`floor` is the least interval between two interrupts in nanoseconds, whatever ITR says."""
+    def __init__(
+        self, host: Host, pin: Interrupts, file: RegisterFile, floor: int, receive_floor: int = 0
+    ) -> None:
+        """`floor` is the least interval between two interrupts in nanoseconds, whatever ITR says, and
+        `receive_floor` that of a guest which does nothing but receive, if it is longer: it waits for nothing
+        but room in its ring, whereas one that sends waits to hear what was sent."""
         self._host = host
         self._pin = pin
         self._icr, self._ims, self._itr = file.cell("ICR"), file.cell("IMS"), file.cell("ITR")
         self._timer: Timer | None = None
-        self.floor = floor
+        self._floor, self._receive_floor = floor, max(floor, receive_floor)
         self.ring_runs_out: Callable[[], bool] = lambda: False
         """Whether few receive descriptors are left at the moment. Then no floor of ours holds the guest up,
         which gives them back when it is interrupted: frames would have to wait."""
@@ -42,8 +48,8 @@ class Causes:
         """Device time at which the pin may rise next."""
         self._guests_not_before = 0
         """The same without the floor."""
-        self.moved = 0
-        """Bytes of frames received and sent since the pin has risen."""
+        self.received = self.sent = 0
+        """Bytes of frames since the pin has risen."""
         self.fired = 0
         """How often the pin has risen."""
 
@@ -83,7 +89,7 @@ class Causes:
         self._itr.store(value)
         now, guests = self._host.clock(), self._itr.value * ITR_UNIT
         self._guests_not_before = min(self._guests_not_before, now + guests)
-        self.not_before = min(self.not_before, now + max(guests, self.floor))
+        self.not_before = min(self.not_before, now + max(guests, self._receive_floor))
         self._stop_timer()
         self.update()
 
@@ -109,10 +115,16 @@ class Causes:
     def _raise(self, now: int) -> None:
         guests = self._itr.value * ITR_UNIT
         self._guests_not_before = now + guests
-        self.not_before = now + (max(guests, self.floor) if self.moved >= BULK else guests)
-        self.moved = 0
+        self.not_before = now + max(guests, self._floor_now())
+        self.received = self.sent = 0
         self.fired += 1
         self._pin.set_level(True)
+
+    def _floor_now(self) -> int:
+        moved = self.received + self.sent
+        if moved < BULK:
+            return 0
+        return self._receive_floor if self.sent <= moved * ANSWERS else self._floor
 
     def _throttle_over(self) -> None:
         self._timer = None
@@ -126,7 +138,7 @@ class Causes:
     def reset(self) -> None:
         """After the registers have been reset."""
         self._stop_timer()
-        self.not_before = self._guests_not_before = self.moved = 0
+        self.not_before = self._guests_not_before = self.received = self.sent = 0
         self.update()
 
     def section(self) -> Section:
@@ -142,7 +154,7 @@ class Causes:
         def apply() -> None:
             self._stop_timer()
             self.not_before = self._guests_not_before = self._host.clock() + wait
-            self.fired, self.moved = fired, 0
+            self.fired, self.received, self.sent = fired, 0, 0
 
         return apply
 

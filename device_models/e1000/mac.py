@@ -37,7 +37,7 @@ class Mac:
         self._port = port
         self.registers = file
         self.statistics = Statistics(file)
-        self.causes = Causes(host, pin, file, settings.itr)
+        self.causes = Causes(host, pin, file, settings.itr, settings.rx_itr)
         self.receiver = Receiver(host, port, file, self.causes, self.statistics, settings)
         self.transmitter = Transmitter(host, file, self.causes, self.statistics, self._send)
         self.buffer = self.receiver.buffer

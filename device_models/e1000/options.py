@@ -57,6 +57,8 @@ class Settings:
     mac: bytes = parse_mac(DEFAULT_MAC)
     itr: int = 0
     """The least time between interrupts in nanoseconds, whatever the guest asks for."""
+    rx_itr: int = 0
+    """The same for one that only receives, if it is longer."""
     verify: Verify = Verify.AUTO
     fcs: bool = False
     """Give received frames their real frame check sequence."""
@@ -76,6 +78,12 @@ OPTIONS = (
         "guest",
         "least time between interrupts: guest (what its driver asks for), or microseconds as a floor "
         "for bulk transfers",
+    ),
+    Option(
+        "rx_itr",
+        parse_interval,
+        "guest",
+        "a longer floor for what is only received; it ends where few receive descriptors are left",
     ),
     Option(
         "verify",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The receive ring: from the packet buffer into guest memory (Software Developer's Manual, 3.2)."""
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 from zlib import crc32
@@ -8,7 +9,19 @@ from zlib import crc32
 from vfio_user.device_models.device import Dma, DmaError, Host, pause
 from vfio_user.device_models.e1000 import checksum
 from vfio_user.device_models.e1000.bits import Cause, Ctrl, Rctl, Rxcsum
-from vfio_user.device_models.e1000.descriptors import ADDRESS, DD, EOP, IXSM, PIF, RECEIVE, SIZE, VP
+from vfio_user.device_models.e1000.descriptors import (
+    CHECKSUM_SHIFT,
+    DD,
+    EOP,
+    ERRORS_SHIFT,
+    IXSM,
+    PIF,
+    SPECIAL_SHIFT,
+    STATUS_SHIFT,
+    VP,
+    build_receive,
+    parse_addresses,
+)
 from vfio_user.device_models.e1000.filters import INEXACT
 from vfio_user.device_models.e1000.interrupts import Causes, DelayedCause
 from vfio_user.device_models.e1000.options import Settings, Verify
@@ -25,6 +38,8 @@ BATCH = 64  # descriptors
 VERIFIED = 8
 """Up to so many waiting frames have their checksums verified under the policy "auto"."""
 
+_RUNS_OUT_SHIFT = 3
+"""An eighth of the ring: where the guest says "few" of a half, it hears of it in time all the same."""
 _NO_FCS = bytes(FCS)
 _BUFFER_SIZES = (2048, 1024, 512, 256)
 
@@ -36,7 +51,7 @@ class _Batch(NamedTuple):
     used: int
     """Descriptors."""
     data: list[tuple[int, Buffer]]
-    done: bytearray
+    done: bytes
     """The descriptors as they are to be written back."""
 
 
@@ -66,7 +81,7 @@ class Receiver:
         causes.ring_runs_out = self._runs_out
 
     def _runs_out(self) -> bool:
-        return self.ring.owned <= self._few()
+        return self.ring.owned <= min(self._few(), self.ring.count >> _RUNS_OUT_SHIFT)
 
     def _few(self) -> int:
         """The receive descriptor minimum threshold (RCTL.RDMTS), in descriptors."""
@@ -167,14 +182,15 @@ class Receiver:
         trusts = wanted and self._trusts
         verify = wanted and (self._settings.verify is Verify.ALWAYS or len(waiting) <= VERIFIED)
         special_cases = verify or offload & Rxcsum.PCSS or self._settings.fcs
-        room = len(descriptors) // SIZE
-        done, used, frames = bytearray(descriptors), 0, 0
+        addresses = parse_addresses(descriptors)
+        room, used, frames = len(addresses), 0, 0
         data: list[tuple[int, Buffer]] = []
+        done: list[int] = []
         for frame, verdict in islice(waiting, min(room, self._limit)):
             status = DD | EOP | IXSM | PIF if verdict & INEXACT else DD | EOP | IXSM
             if trusts and (sums := checksum.vouched(frame, offload)):
                 status = status & ~IXSM | sums
-            last = (0, status, 0, 0)  # packet checksum, status, errors, special
+            last = status << STATUS_SHIFT
             special_case = special_cases or (vlans and frame[12:14] == vet)
             if special_case:
                 frame, last = self._special_case(frame, status, bool(verify))
@@ -183,25 +199,23 @@ class Receiver:
             if special_case and crc and self._settings.fcs:
                 frame = frame[:-FCS] + crc32(frame[:-FCS]).to_bytes(FCS, "little")
             length = len(frame)
-            (address,) = ADDRESS.unpack_from(done, used * SIZE)
+            address = addresses[used]
             if length <= size and address:
                 data.append((address, frame))
-                RECEIVE.pack_into(done, used * SIZE, address, length, *last)
+                done += (address, last | length)
                 used += 1
             else:
-                end = self._spread(frame, done, used, data, last)
-                if end < 0:
+                count = self._spread(frame, addresses[used:], data, done, last)
+                if not count:
                     break
-                used = end
+                used += count
             frames += 1
             if used == room:
                 break
-        return _Batch(frames, used, data, done)
+        return _Batch(frames, used, data, build_receive(done))
 
-    def _special_case(
-        self, frame: bytes, status: int, verify: bool
-    ) -> tuple[bytes, tuple[int, int, int, int]]:
-        """Strip a VLAN tag, look at checksums: the frame, and the fields behind the length."""
+    def _special_case(self, frame: bytes, status: int, verify: bool) -> tuple[bytes, int]:
+        """Strip a VLAN tag, look at checksums: the frame, and what its descriptor says but for the length."""
         offload, vet = self._rxcsum.value, self._vet.value.to_bytes(2, "big")
         errors = special = packet_sum = 0
         tagged = frame[12:14] == vet
@@ -213,34 +227,35 @@ class Receiver:
             status = status & ~IXSM | more
         if offload & Rxcsum.PCSS:
             packet_sum = checksum.packet_checksum(frame.ljust(SHORTEST, b"\0"), offload & Rxcsum.PCSS)
-        return frame, (packet_sum, status, errors, special)
+        fields = packet_sum << CHECKSUM_SHIFT | status << STATUS_SHIFT
+        return frame, fields | errors << ERRORS_SHIFT | special << SPECIAL_SHIFT
 
     def _spread(
         self,
         frame: bytes,
-        done: bytearray,
-        used: int,
+        addresses: Sequence[int],
         data: list[tuple[int, Buffer]],
-        last: tuple[int, int, int, int],
+        done: list[int],
+        last: int,
     ) -> int:
-        """Put a frame into several buffers; give the descriptors used up to then, or -1: there are too few.
+        """Put a frame into several buffers; give how many descriptors it takes, 0: there are too few.
 
         A descriptor with a null address takes no data and is written back as done (3.2.4).
         """
-        size, place, parts = self.buffer_size(), 0, []
-        while place < len(frame):
-            if (used + 1) * SIZE > len(done):
-                return -1
-            (address,) = ADDRESS.unpack_from(done, used * SIZE)
+        size, place = self.buffer_size(), 0
+        parts: list[tuple[int, Buffer]] = []
+        numbers: list[int] = []
+        for address in addresses:
             part = frame[place : place + size] if address else b""
             place += len(part)
-            fields = last if place == len(frame) else (0, DD, 0, 0)
-            RECEIVE.pack_into(done, used * SIZE, address, len(part), *fields)
+            numbers += (address, (last if place == len(frame) else DD << STATUS_SHIFT) | len(part))
             if part:
                 parts.append((address, part))
-            used += 1
-        data += parts
-        return used
+            if place == len(frame):
+                data += parts
+                done += numbers
+                return len(numbers) // 2
+        return 0
 
     def _give_up_on_first(self) -> bool:
         """The first frame needs more descriptors than there are: wait, unless there will never be enough."""
@@ -278,4 +293,4 @@ class Receiver:
         if causes:
             self._causes.set(causes)
         self.delay.event()
-        self._causes.moved += self.buffer.remove(batch.frames)
+        self._causes.received += self.buffer.remove(batch.frames)

@@ -59,7 +59,7 @@ class Ring:
             return await dma.read(*pieces[0])
         return b"".join(await dma.read_many(pieces))
 
-    def write_back(self, descriptors: bytearray, steps: int) -> list[tuple[int, Buffer]]:
+    def write_back(self, descriptors: bytes, steps: int) -> list[tuple[int, Buffer]]:
         """What to write in order to put back the next `steps` descriptors.
 
         Where the ring wraps, the later ones go first: the guest looks at the first ones first, so that as

@@ -208,7 +208,7 @@ class Transmitter:
 
     def _count(self, size: WireSize, offload: Offload | None, total: int, first: bytes) -> None:
         """Count what is on the wire now: one frame, or the segments of a burst, all alike but the last."""
-        self._causes.moved += size.bytes
+        self._causes.sent += size.bytes
         if offload is not None and offload.segmentation:
             self._statistics.count("TSCTC")
         whole = size.frames - 1

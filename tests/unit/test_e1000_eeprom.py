@@ -119,5 +119,5 @@ def test_options() -> None:
     for bad in ("itr=-1", "itr=5001", "itr=fast", "verify=never", "fcs=1", "mac="):
         with pytest.raises(OptionError, match="option"):
             parse_options(E1000, [bad])
-    with pytest.raises(OptionError, match="fcs, itr, mac, verify"):
+    with pytest.raises(OptionError, match="fcs, itr, mac, rx_itr, verify"):
         parse_options(E1000, ["speed=1"])
