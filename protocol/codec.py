@@ -2,14 +2,15 @@
 """The hot messages with `struct`: the same bytes as layouts.py gives (Hypothesis compares them), 10-70
 times faster. A VMM that sets up or moves a guest sends thousands of DMA_MAP, DMA_UNMAP and SET_IRQS: hot too.
 
-HEADER, REGION_ACCESS and DMA_ACCESS cover header and fixed body in one, so that a server's loop needs one
-`unpack_from` and one `pack` for each message:
+HEADER, REGION_ACCESS, DMA_ACCESS and MIG_DATA cover header and fixed body in one, so that a server's loop
+needs one `unpack_from` and one `pack` for each message:
 
     message_id, command, size, flags, error, offset, region, count = REGION_ACCESS.unpack_from(buffer, start)
     message_id, command, size, flags, error, address, count = DMA_ACCESS.unpack_from(buffer, start)
+    message_id, command, size, flags, error, argsz, count = MIG_DATA.unpack_from(buffer, start)
 
-The payload follows at offset 32 of the message. `parse` and `build_parts` work on bodies of every kind of
-message: the hot ones through codec_bodies.py, all others through layouts.py.
+The payload follows at offset 32 of the message (MIG_DATA: 24). `parse` and `build_parts` work on bodies of
+every kind of message: the hot ones through codec_bodies.py, all others through layouts.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vfio_user.protocol.constants import (
     ERROR_REPLY_FLAGS,
     FLAG_NO_REPLY,
     HEADER_SIZE,
+    MIG_DATA_SIZE,
     TYPE_COMMAND,
     TYPE_REPLY,
     Command,
@@ -34,6 +36,7 @@ from vfio_user.protocol.errors import LocalProtocolError, RemoteProtocolError
 HEADER: Final = struct.Struct("=HHIII")
 REGION_ACCESS: Final = struct.Struct("=HHIIIQII")
 DMA_ACCESS: Final = struct.Struct("=HHIIIQQ")
+MIG_DATA: Final = struct.Struct("=HHIIIII")
 
 ACCESS_SIZE: Final = REGION_ACCESS.size
 """Header and fixed body of the region and DMA access messages: the payload's offset in the message."""
@@ -94,6 +97,18 @@ def pack_dma_write(message_id: int, address: int, data: m.Payload, *, no_reply: 
 
 def pack_dma_write_reply(message_id: int, address: int, count: int) -> bytes:
     return _pack(DMA_ACCESS, message_id, Command.DMA_WRITE, ACCESS_SIZE, TYPE_REPLY, 0, address, count)
+
+
+def pack_mig_data_read(message_id: int, count: int) -> bytes:
+    numbers = (message_id, Command.MIG_DATA_READ, MIG_DATA.size, 0, 0, MIG_DATA_SIZE + count, count)
+    return _pack(MIG_DATA, *numbers)
+
+
+def pack_mig_data_read_reply_head(message_id: int, count: int) -> bytes:
+    """What comes before the `count` bytes of data."""
+    size = MIG_DATA.size + count
+    numbers = (message_id, Command.MIG_DATA_READ, size, TYPE_REPLY, 0, MIG_DATA_SIZE + count, count)
+    return _pack(MIG_DATA, *numbers)
 
 
 def unpack_header(data: m.Payload, start: int = 0) -> tuple[int, int, int, int, int]:

@@ -19,6 +19,7 @@ from vfio_user.protocol.events import BadReply, ErrorReply, Event, Outgoing, Rej
 from vfio_user.server.fastpath import HotTables, serve_run
 from vfio_user.server.handlers import HANDLERS, SET_UP
 from vfio_user.server.host import ServerHost
+from vfio_user.server.migration.plain_read import take_read
 from vfio_user.transport.channel import JOIN_LIMIT
 
 logger = logging.getLogger(__name__)
@@ -118,10 +119,24 @@ class Session:
                 return True
             if connection.start == end:
                 return False
+        if self.host.migration.saving and self._serve_read():
+            return True
         event = connection.next_event()
         if event is None:
             return False
         self._handle(event)
+        return True
+
+    def _serve_read(self) -> bool:
+        """A plain MIG_DATA_READ, if that is the next message."""
+        engine = self.host.migration
+        if engine.may_run and not self.host.running:
+            return False  # it may be what shows that the device is to work
+        reply = take_read(self.connection, engine, self.max_data_xfer_size)
+        if reply is None:
+            return False
+        self.flush()
+        self._send(reply, (), lasting=True)
         return True
 
     def flush(self) -> None:

@@ -85,6 +85,15 @@ def test_dma_access(i: int, address: int, count: int, data: bytes, posted: bool)
         assert codec.unpack_dma_access(b"?" + wire, 1) == (*fields, address, number)
 
 
+@given(U16, st.integers(0, (1 << 32) - 25), DATA)
+def test_mig_data(i: int, count: int, data: bytes) -> None:
+    wire = codec.pack_mig_data_read(i, count)
+    assert wire == _whole(i, c.Command.MIG_DATA_READ, 0, m.MigDataReadRequest(count))
+    assert codec.MIG_DATA.unpack_from(wire) == (i, c.Command.MIG_DATA_READ, 24, 0, 0, 8 + count, count)
+    reply = codec.pack_mig_data_read_reply_head(i, len(data)) + data
+    assert reply == _whole(i, c.Command.MIG_DATA_READ, 1, m.MigDataReadReply(data))
+
+
 def test_the_payload_starts_at_the_same_place_in_all_of_them() -> None:
     assert codec.REGION_ACCESS.size == codec.DMA_ACCESS.size == codec.ACCESS_SIZE == 32
 
