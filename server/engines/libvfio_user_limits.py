@@ -100,7 +100,8 @@ LIMITS: tuple[Limit, ...] = (
         "DMA map checks",
         "DMA_MAP takes ranges that are empty, not aligned, wrap around or allow no access (that the device "
         "cannot use them, only the log says), and files that are too short; overlaps are EINVAL, not EEXIST; "
-        "a region that is mapped again as it is succeeds, and the server keeps that descriptor open",
+        "a region that is mapped again as it is succeeds, and the server keeps that descriptor open (until "
+        "March 2026)",
         "only overlap, size and flags are checked; the callback for a region cannot refuse it",
     ),
     Limit(

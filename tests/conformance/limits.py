@@ -150,6 +150,11 @@ EXPECTED: Mapping[str, tuple[Fails | ModuleFails, ...]] = {
     "DMA map checks": (
         Fails("test_conformance_dma_map::test_a_range_that_cannot_be_is_refused", good=("fd-empty",)),
         Fails("test_a_map_over_an_existing_region_fails_with_eexist", good=("2-8192",)),
+        Fails(
+            "test_a_region_that_is_mapped_again_as_it_is_leaves_nothing",
+            abis=EVERY - {Abi.V2_LIMIT},
+            spoils=True,
+        ),
         Fails("test_a_region_for_no_access_is_refused", ("0",)),
         Fails("test_a_file_that_does_not_hold_the_region_is_refused"),
         Fails("test_an_offset_that_is_not_aligned_is_refused"),

@@ -84,6 +84,14 @@ async def test_a_map_over_an_existing_region_fails_with_eexist(
     assert overlaps or answer.ok == b""
 
 
+async def test_a_region_that_is_mapped_again_as_it_is_leaves_nothing(raw: RawClient) -> None:
+    """Whatever is answered to the second one: its descriptor is not kept beyond the client's end."""
+    with memfd(2 * PAGE) as fd:
+        for _ in range(3):
+            await dma_map(raw, 0x4000, 2 * PAGE, fd=fd)
+    await raw.expect_alive()
+
+
 async def test_neighbours_do_not_overlap(raw: RawClient) -> None:
     for address in (0x4000, 0x6000, 0x5000, 0x3000):
         assert (await dma_map(raw, address, PAGE)).ok == b""
