@@ -129,10 +129,7 @@ class Session:
 
     def _serve_read(self) -> bool:
         """A plain MIG_DATA_READ, if that is the next message."""
-        engine = self.host.migration
-        if engine.may_run and not self.host.running:
-            return False  # it may be what shows that the device is to work
-        reply = take_read(self.connection, engine, self.max_data_xfer_size)
+        reply = take_read(self.connection, self.host.migration, self.max_data_xfer_size)
         if reply is None:
             return False
         self.flush()

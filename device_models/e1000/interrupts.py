@@ -48,6 +48,7 @@ class Causes:
         """Device time at which the pin may rise next."""
         self._guests_not_before = 0
         """The same without the floor."""
+        self._floor_in_force = 0
         self.received = self.sent = 0
         """Bytes of frames since the pin has risen."""
         self.fired = 0
@@ -89,7 +90,7 @@ class Causes:
         self._itr.store(value)
         now, guests = self._host.clock(), self._itr.value * ITR_UNIT
         self._guests_not_before = min(self._guests_not_before, now + guests)
-        self.not_before = min(self.not_before, now + max(guests, self._receive_floor))
+        self.not_before = min(self.not_before, now + max(guests, self._floor_in_force))
         self._stop_timer()
         self.update()
 
@@ -115,12 +116,14 @@ class Causes:
     def _raise(self, now: int) -> None:
         guests = self._itr.value * ITR_UNIT
         self._guests_not_before = now + guests
-        self.not_before = now + max(guests, self._floor_now())
+        self._floor_in_force = self._choose_floor()
+        self.not_before = now + max(guests, self._floor_in_force)
         self.received = self.sent = 0
         self.fired += 1
         self._pin.set_level(True)
 
-    def _floor_now(self) -> int:
+    def _choose_floor(self) -> int:
+        """For the interval that begins, by what was moved in the last one."""
         moved = self.received + self.sent
         if moved < BULK:
             return 0
@@ -138,7 +141,8 @@ class Causes:
     def reset(self) -> None:
         """After the registers have been reset."""
         self._stop_timer()
-        self.not_before = self._guests_not_before = self.received = self.sent = 0
+        self.not_before = self._guests_not_before = self._floor_in_force = 0
+        self.received = self.sent = 0
         self.update()
 
     def section(self) -> Section:
@@ -154,7 +158,7 @@ class Causes:
         def apply() -> None:
             self._stop_timer()
             self.not_before = self._guests_not_before = self._host.clock() + wait
-            self.fired, self.received, self.sent = fired, 0, 0
+            self.fired, self.received, self.sent, self._floor_in_force = fired, 0, 0, 0
 
         return apply
 

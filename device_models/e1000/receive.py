@@ -81,7 +81,12 @@ class Receiver:
         causes.ring_runs_out = self._runs_out
 
     def _runs_out(self) -> bool:
-        return self.ring.owned <= min(self._few(), self.ring.count >> _RUNS_OUT_SHIFT)
+        """Whether what comes next would have to wait, or does already."""
+        ring, buffer = self.ring, self.buffer
+        if ring.owned <= min(self._few(), ring.count >> _RUNS_OUT_SHIFT):
+            return True
+        waits = buffer.frames and not buffer.under_way
+        return bool(waits) and ring.owned < self._needed(len(buffer.frames[0][0]))
 
     def _few(self) -> int:
         """The receive descriptor minimum threshold (RCTL.RDMTS), in descriptors."""
@@ -261,6 +266,7 @@ class Receiver:
         """The first frame needs more descriptors than there are: wait, unless there will never be enough."""
         frame = self.buffer.frames[0][0]
         if self.ring.owned < self.ring.count - 1 and self._needed(len(frame)) < self.ring.count:
+            self._causes.update()
             return False
         self._lose_first()
         return True
@@ -294,3 +300,5 @@ class Receiver:
             self._causes.set(causes)
         self.delay.event()
         self._causes.received += self.buffer.remove(batch.frames)
+        if self._runs_out():
+            self._causes.update()  # which a cause that is held back by RDTR would not do

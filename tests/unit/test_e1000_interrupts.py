@@ -180,6 +180,50 @@ def test_a_floor_does_not_hold_back_what_empties_a_full_ring(share: int, frames:
         assert received_until(Bench(itr=5 * MILLISECOND), count, threshold) == risen
 
 
+@pytest.mark.parametrize("rdtr", [0, 32, 1000, 5000])
+def test_a_ring_that_empties_frame_by_frame_is_seen_whatever_delays_the_cause(rdtr: int) -> None:
+    bench = Bench(itr=5 * MILLISECOND)
+    assert not received_until(bench, 0)
+    bench.write("RDTR", rdtr)
+    owned = 63
+    while not bench.host.irq_level and owned:
+        bench.deliver(FRAME)
+        owned = (bench.read("RDT") - bench.read("RDH")) % 64
+    assert owned == 8
+
+
+@pytest.mark.parametrize(("rx", "buffers"), [(64, 3), (8, 0)], ids=["256 B", "a ring of 8"])
+def test_a_frame_that_needs_more_descriptors_than_are_left_is_not_held_back(rx: int, buffers: int) -> None:
+    jumbo, size = b"\xff" * 9014, 2048 >> buffers
+    bench = Bench(itr=5 * MILLISECOND)
+    bench.start(rx=rx, rctl=Rctl.BAM | Rctl.LPE | buffers << Rctl.BSIZE_SHIFT)
+    bench.write("IMS", Cause.RXT0 | Cause.RXDMT0)
+    for _ in range(2):  # so much that the floor counts from now on
+        bench.deliver(jumbo)
+        bench.write("RDT", (bench.read("RDH") - 1) % rx)
+        bench.advance(6 * MILLISECOND)
+        bench.read("ICR")
+    bench.deliver(jumbo)
+    bench.read("ICR")
+    bench.write("RDT", (bench.read("RDH") - 1) % rx)
+    while (bench.read("RDT") - bench.read("RDH")) % rx > 9018 // size:
+        assert not bench.host.irq_level
+        bench.deliver(jumbo)
+    bench.deliver(jumbo)
+    assert bench.host.irq_level
+
+
+def test_a_floor_that_is_not_in_force_does_not_lengthen_what_the_guest_shortens() -> None:
+    bench = Bench(rx_itr=5 * MILLISECOND)
+    bench.write("ITR", 60_000)
+    bench.write("IMS", Cause.TXDW)
+    bench.write("ICS", Cause.TXDW)
+    cause_again(bench)
+    assert not bench.host.irq_level
+    bench.write("ITR", 0)
+    assert bench.host.irq_level
+
+
 def test_the_guests_own_interval_holds_for_a_full_ring_too() -> None:
     bench = Bench(itr=5 * MILLISECOND)
     bench.write("ITR", 1000)  # 256 us

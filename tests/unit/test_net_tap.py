@@ -2,6 +2,7 @@
 """The TAP backend with the kernel's real TAP devices, in a network namespace of the test's own."""
 
 import ctypes
+import errno
 import os
 import select
 import socket
@@ -370,6 +371,35 @@ def test_an_interface_that_is_down_drops_and_one_that_is_deleted_cuts_the_link(
     assert not poller.poll()
     nic.port.send([frame])
     assert nic.port.counters()["sent_dropped"] == 2
+    nic.port.close()
+
+
+def test_what_was_read_before_an_interface_is_deleted_still_arrives(
+    route: IPRoute, poller: Poller, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nic = setup(route, poller)
+    poller.poll()
+    address = bytes.fromhex(GUEST.replace(":", ""))
+    first, second = address + b"first" * 12, address + b"second" * 10
+    header, coming = bytes(10), [first, second]
+
+    def read(_fd: int, _size: int) -> bytes:
+        if not coming:
+            raise OSError(errno.EBADFD, "deleted")
+        return header + coming.pop(0)
+
+    nic.frames.clear()
+    nic.room = 1
+    monkeypatch.setattr(os, "read", read)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.sendto(b"wakes the poller", ("10.9.0.15", 9))
+    poller.poll()
+    assert (nic.frames, nic.links) == ([first], [False])
+    nic.room = 1
+    nic.port.ready()
+    counters = nic.port.counters()
+    assert (len(nic.frames), counters["received_dropped"], caplog.text.count("is gone")) == (1, 1, 1)
+    assert not poller.poll()
     nic.port.close()
 
 

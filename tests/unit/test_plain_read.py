@@ -2,11 +2,12 @@
 """MIG_DATA_READ by the short way gives what the session's general way gives, whatever is asked."""
 
 import errno
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vfio_user.device_models.regions import Buffer
@@ -17,6 +18,7 @@ from vfio_user.protocol.connection import Connection
 from vfio_user.protocol.constants import Command, DeviceFeature, DeviceFeatureFlags, MigrationState, Role
 from vfio_user.server.host import ServerHost
 from vfio_user.server.session import Session
+from vfio_user.transport.fds import OwnedFd
 from vfio_user.transport.poller import Poller
 
 S = MigrationState
@@ -55,10 +57,10 @@ class Bench:
     def send(self, buffers: Sequence[Buffer], fds: Sequence[int] = (), *, lasting: bool = False) -> None:
         self.sent += b"".join(buffers)
 
-    def receive(self, data: bytes) -> None:
+    def receive(self, data: bytes, fds: Sequence[OwnedFd] = ()) -> None:
         connection = self.session.connection
         connection.get_buffer(len(data))[: len(data)] = data
-        self.session.receive(len(data), ())
+        self.session.receive(len(data), fds)
 
     def close(self) -> None:
         self.session.close()
@@ -90,7 +92,12 @@ OTHERS = st.sampled_from([codec.pack_region_read(3, 0, 0, 4), *map(set_state, S)
 STATES = st.sampled_from([S.RUNNING, S.STOP, S.PRE_COPY, S.PRE_COPY_P2P, S.STOP_COPY])
 
 
-@given(STATES, st.lists(PLAIN | ODD | OTHERS, max_size=6), st.booleans())
+SHORT = st.integers(0, 7).map(lambda size: message(Command.MIG_DATA_READ, bytes(size)))
+
+
+@given(STATES, st.lists(PLAIN | ODD | SHORT | OTHERS, max_size=6), st.booleans())
+@example(S.STOP_COPY, [read(LIMIT + 1, LIMIT + 9, b"", 0)], False)
+@example(S.STOP_COPY, [message(Command.MIG_DATA_READ, bytes(4)), read(100, 108, b"", 0)], True)
 def test_both_ways_are_the_same(state: MigrationState, messages: list[bytes], together: bool) -> None:
     with ExitStack() as stack:
         poller = stack.enter_context(closing(Poller()))
@@ -101,6 +108,15 @@ def test_both_ways_are_the_same(state: MigrationState, messages: list[bytes], to
             short.receive(data)
             general.receive(data)
             assert short.sent == general.sent
+
+
+@pytest.mark.parametrize("kind", [Session, General])
+def test_a_descriptor_beside_it_is_closed_and_the_message_refused(kind: type[Session]) -> None:
+    with closing(Poller()) as poller, closing(Bench(poller, kind, S.STOP_COPY)) as bench:
+        bench.sent, fd = b"", OwnedFd(os.open(os.devnull, os.O_RDONLY))
+        bench.receive(read(100, 108, b"", 0), [fd])
+        assert bench.sent == codec.pack_error(7, Command.MIG_DATA_READ, errno.EINVAL)
+        assert fd.closed
 
 
 @pytest.mark.parametrize("kind", [Session, General])
